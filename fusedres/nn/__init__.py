@@ -1,0 +1,6 @@
+"""Drop-in modules over :mod:`fusedres.functional`."""
+
+from fusedres.nn.batch_norm import BatchNormAct2d, as_batch_norm_act
+from fusedres.nn.blocks import BasicBlock, Bottleneck
+
+__all__ = ["BasicBlock", "BatchNormAct2d", "Bottleneck", "as_batch_norm_act"]

@@ -1,0 +1,84 @@
+"""BatchNorm2d with an optional residual addition and activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedres.functional import ACTIVATIONS, batch_norm_act
+
+# Seen by torch.fx as one call, so that a symbolic trace of a fused model does not enter the validation.
+torch.fx.wrap("batch_norm_act")
+
+_OWN = "own"  # `act` left out of a call: the module's own
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    r"""``act(batch_norm(input) + residual)`` as a module; an :class:`torch.nn.BatchNorm2d` in all else.
+
+    Args:
+        act: ``"relu"`` or ``None``, applied after the residual is added. Keyword only; the other arguments are
+            those of :class:`torch.nn.BatchNorm2d`, and so are the parameters, the buffers and their names.
+
+    Raises:
+        ValueError: an unknown ``act``.
+    """
+
+    act: str | None
+
+    def __init__(self, num_features: int, *args: Any, act: str | None = "relu", **kwargs: Any) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
+        self.act = act
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: str | None = _OWN) -> Tensor:
+        """Normalise ``input`` ``(N, C, H, W)``; ``act`` overrides the module's for this call."""
+        self._check_input_dim(input)
+        tracking = self.training and self.track_running_stats
+        use_running = tracking or not self.training
+        return batch_norm_act(
+            input,
+            self.running_mean if use_running else None,
+            self.running_var if use_running else None,
+            self.weight,
+            self.bias,
+            self.training or self.running_mean is None,
+            self.momentum,
+            self.eps,
+            residual=residual,
+            act=self.act if act == _OWN else act,
+            num_batches_tracked=self.num_batches_tracked if tracking else None,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act!r}"
+
+    @property
+    def qconfig(self) -> Any:
+        """Absent without an activation; with one, refuses the conversion that would lose it.
+
+        ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces every BatchNorm by a plain SyncBatchNorm and asks
+        for this attribute on the way; an AttributeError would be swallowed there and the activation dropped.
+        """
+        if self.act is None:
+            raise AttributeError("qconfig")
+        raise RuntimeError(
+            f"converting BatchNormAct2d(act={self.act!r}) to a plain normalisation would drop its activation"
+        )
+
+
+def as_batch_norm_act(module: nn.Module, act: str | None) -> BatchNormAct2d:
+    """Turn a plain ``nn.BatchNorm2d`` into a :class:`BatchNormAct2d` in place: the same object, tensors and hooks.
+
+    Raises:
+        TypeError: ``module`` is neither; a subclass with a forward of its own is not taken over.
+    """
+    if type(module) is nn.BatchNorm2d:
+        module.__class__ = BatchNormAct2d
+    if not isinstance(module, BatchNormAct2d):
+        raise TypeError(f"expected an nn.BatchNorm2d or a BatchNormAct2d, got {type(module).__name__}")
+    module.act = act
+    return module

@@ -1,0 +1,5 @@
+"""torch.library operators over the kernels, and the choice between them and the reference."""
+
+from fusedres.ops.dispatch import refusal, use_kernels
+
+__all__ = ["refusal", "use_kernels"]

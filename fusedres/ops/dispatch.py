@@ -1,0 +1,77 @@
+"""Which path a tensor takes: the Triton kernels or the eager reference."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel runs for tensors of this device and dtype; ``None`` when one does.
+
+    Raises:
+        ValueError: ``FUSEDRES_BACKEND`` is not one of ``auto``, ``triton``, ``reference``.
+    """
+    backend, has_triton, interpreting = _policy()
+    if backend not in BACKENDS:
+        raise ValueError(f"FUSEDRES_BACKEND must be one of {BACKENDS}, got {backend!r}")
+    if backend == "reference":
+        return "FUSEDRES_BACKEND=reference"
+    if not has_triton:
+        return "triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting):
+        return f"there is no kernel for {device.type} tensors"
+    if dtype not in KERNEL_DTYPES:
+        return f"there is no kernel for {dtype}"
+    return None
+
+
+def use_kernels(input: Tensor) -> bool:
+    """Whether ``input`` goes to the kernels.
+
+    Raises:
+        RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers it.
+        ValueError: ``FUSEDRES_BACKEND`` is unknown.
+    """
+    reason = refusal(input.device, input.dtype) or _tensor_refusal(input)
+    if reason is None:
+        return True
+    if _policy()[0] == "triton" and input.numel() > 0:
+        raise RuntimeError(f"FUSEDRES_BACKEND=triton, but {reason}")
+    return False
+
+
+@torch.compiler.assume_constant_result
+def _policy() -> tuple[str, bool, bool]:
+    return os.environ.get("FUSEDRES_BACKEND", "auto"), *_triton()
+
+
+@functools.cache
+def _triton() -> tuple[bool, bool]:
+    """Whether triton is installed, and whether it interprets; it decides the latter when kernels are defined."""
+    if importlib.util.find_spec("triton") is None:
+        return False, False
+    from triton import knobs
+
+    return True, knobs.runtime.interpret
+
+
+def _tensor_refusal(input: Tensor) -> str | None:
+    if input.numel() == 0:
+        return "the input is empty"
+    if input.layout != torch.strided:
+        return f"there is no kernel for the layout {input.layout}"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms take the reference path"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace takes the reference path"
+    return None

@@ -105,9 +105,7 @@ def _check_batch_norm(
     if not training:
         return
     if input.numel() == input.shape[1]:
-        raise ValueError(
-            f"input must have more than 1 value per channel when training, got shape {tuple(input.shape)}"
-        )
+        raise ValueError(f"input must have more than 1 value per channel when training, got shape {tuple(input.shape)}")
     if num_batches_tracked is not None:
         if num_batches_tracked.numel() != 1 or num_batches_tracked.is_floating_point():
             raise ValueError(f"num_batches_tracked must be one integer, got {num_batches_tracked!r}")

@@ -1,0 +1,1 @@
+"""Benchmarks of fusedres: timings, exact memory traffic and training parity. ``python -m benchmarks --help``."""

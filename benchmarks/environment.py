@@ -1,0 +1,85 @@
+"""What a measurement was taken on: device, driver, versions, commit and date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from benchmarks.errors import BenchmarkError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICES = ("cpu", "cuda")
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device asked for, or a GPU where there is one.
+
+    Raises:
+        BenchmarkError: an unknown device, or a GPU where there is none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in DEVICES:
+        raise BenchmarkError(f"unknown device {name!r}; choose from {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("device 'cuda' was asked for, but torch sees no GPU")
+    return torch.device(name)
+
+
+def folder_name(device: torch.device) -> str:
+    """The folder under ``results/``: ``cpu``, or the GPU's name."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def describe(device: torch.device) -> dict[str, str | None]:
+    """The fields every row carries."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "driver": _driver() if on_gpu else None,
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str | None:
+    """Short hash of the checkout, with ``-dirty`` when the measured code differs from it."""
+    head = _output(["git", "rev-parse", "--short=12", "HEAD"])
+    if head is None:
+        return None
+    changed = _output(["git", "status", "--porcelain", "--", "fusedres", "kernels", "benchmarks/*.py"])
+    return f"{head}-dirty" if changed else head
+
+
+def _processor() -> str:
+    name = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
+        name = found[1].strip() if found else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _driver() -> str | None:
+    output = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return output.splitlines()[0] if output else None
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

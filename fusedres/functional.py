@@ -63,12 +63,16 @@ def batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             residual=residual, act=act, num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
+    save_for_backward = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, residual, weight, bias)
+    )
     if training:
         return torch.ops.fusedres.batch_norm_act(
-            input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, act
-        )[0]
+            input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, act,
+            save_for_backward,
+        )[0]  # fmt: skip
     return torch.ops.fusedres.batch_norm_act_inference(
-        input, residual, weight, bias, running_mean, running_var, eps, act
+        input, residual, weight, bias, running_mean, running_var, eps, act, save_for_backward
     )[0]
 
 

@@ -1,0 +1,107 @@
+"""Device helpers shared by the kernels. Derivations: README.md beside this file."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _aligned_extents(M, C, S, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
+    """M, C, S unchanged, but with the alignment of the contiguous one visible to the compiler.
+
+    The integers are not specialised on (that would compile a variant a shape); the multiplication shows the
+    compiler what it needs for 128-bit accesses.
+    """
+    if CHANNELS_LAST:
+        C = C // ALIGN * ALIGN
+    else:
+        M = M // ALIGN * ALIGN
+        S = S // ALIGN * ALIGN
+    return M, C, S
+
+
+@triton.jit
+def _tile_offsets(row0, offs_c, C, S, BLOCK_M: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Element offsets [BLOCK_M, BLOCK_C] of the rows from ``row0`` (int64) on and the channels ``offs_c``."""
+    offs_m = tl.arange(0, BLOCK_M)
+    if CHANNELS_LAST:
+        offsets = (row0 + offs_m)[:, None] * C + offs_c[None, :]
+    else:
+        n0 = row0 // S
+        s = (row0 - n0 * S).to(tl.int32) + offs_m
+        n = n0 + s // S
+        offsets = (n * C)[:, None] * S + (offs_c[None, :].to(tl.int64) * S + (s % S)[:, None])
+    return offsets
+
+
+@triton.jit
+def _mask_offsets(row0, offs_c, M, C, BLOCK_M: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Byte offsets [BLOCK_M / 8, BLOCK_C] into the 1-bit mask, and which of them exist."""
+    bytes_m = (M + 7) // 8
+    offs_b = row0 // 8 + tl.arange(0, BLOCK_M // 8)
+    valid = (offs_b < bytes_m)[:, None] & (offs_c < C)[None, :]
+    if CHANNELS_LAST:
+        offsets = offs_b[:, None] * C + offs_c[None, :]
+    else:
+        offsets = offs_c[None, :].to(tl.int64) * bytes_m + offs_b[:, None]
+    return offsets, valid
+
+
+@triton.jit
+def _pack_bits(keep, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_M, BLOCK_C] of bool to [BLOCK_M / 8, BLOCK_C] bytes; bit i of a byte is its row i."""
+    shift = tl.arange(0, 8)[None, :, None]
+    bits = tl.reshape(keep.to(tl.int32), [BLOCK_M // 8, 8, BLOCK_C]) << shift
+    return tl.sum(bits, axis=1).to(tl.uint8)
+
+
+@triton.jit
+def _unpack_bits(packed, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The inverse of ``_pack_bits``."""
+    shift = tl.arange(0, 8)[None, :, None]
+    bits = (packed.to(tl.int32)[:, None, :] >> shift) & 1
+    return tl.reshape(bits, [BLOCK_M, BLOCK_C]) != 0
+
+
+@triton.jit
+def _normalise(x_centred, scale, shift):
+    """(x − mean)·(rstd·γ) + β. One explicit fma, so that forward and backward round alike: the backward finds
+    the sign of the pre-activation again from x."""
+    return tl.fma(x_centred, scale[None, :], shift[None, :])
+
+
+@triton.jit
+def _positive(z, dtype: tl.constexpr):
+    """Where ReLU keeps z after the cast to ``dtype``: not (z <= 0), so NaN is kept, as in PyTorch."""
+    return (z.to(dtype).to(tl.float32) <= 0) == 0
+
+
+@triton.jit
+def _chan_merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """The moments of two disjoint samples from those of each (Chan et al., 1983); empty ones may occur."""
+    count = count_a + count_b
+    weight = count_b / tl.maximum(count, 1.0)
+    delta = mean_b - mean_a
+    return count, mean_a + delta * weight, m2_a + m2_b + delta * delta * (count_a * weight)
+
+
+@triton.jit
+def _chan_reduce(count, mean, m2):
+    """The same over axis 0 of count [R, 1], mean [R, C], m2 [R, C]; row 0 must not be empty.
+
+    Means are averaged relative to row 0's, which they are close to: the sum of large ones would round.
+    """
+    first = tl.sum(tl.where(tl.arange(0, mean.shape[0])[:, None] == 0, mean, 0.0), axis=0)
+    total = tl.sum(count, axis=0)
+    mean_c = first + tl.sum(count * (mean - first[None, :]), axis=0) / total
+    spread = mean - mean_c[None, :]
+    return mean_c, tl.sum(m2 + count * (spread * spread), axis=0)
+
+
+@triton.jit
+def _arrive(counter_ptr):
+    """How many programs had arrived before this one, with what they stored visible afterwards.
+
+    The atomic is issued by one thread: without the barrier the other threads' stores could follow it.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")

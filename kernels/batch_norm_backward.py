@@ -1,0 +1,268 @@
+"""Backward kernels of act(batch_norm(x) + residual), and their launchers.
+
+With g = dy where the ReLU was open, the sums Σg and Σg·(x − mean) give dβ and dγ and, when the statistics were
+those of the batch, dx = scale·(g − Σg/M − (x − mean)·rstd²·Σg·(x − mean)/M). Frozen statistics: dx = scale·g.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.kernels import tiling
+from fusedres.kernels._common import (
+    _aligned_extents,
+    _arrive,
+    _mask_offsets,
+    _normalise,
+    _positive,
+    _tile_offsets,
+    _unpack_bits,
+)
+from fusedres.kernels.layout import Rows, rows
+from fusedres.kernels.tiling import Tiling
+from fusedres.kernels.workspace import COUNTERS, num_sms, on_device, workspace
+
+
+class Gradients(NamedTuple):
+    """What the backward returns; ``None`` where it was not asked for."""
+
+    x: Tensor | None
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@triton.jit
+def _gradient_tile(
+    dy_ptr, x_ptr, mask_ptr, mean, scale, shift, offsets, mask, row0, offs_c, M, C,
+    RELU: tl.constexpr, NEEDS_X: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """(g, x − mean) of one tile; the second is not loaded, and 0, unless NEEDS_X."""
+    g = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x_centred = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    if NEEDS_X:
+        x_centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    if RELU:
+        if mask_ptr is not None:
+            offs_b, valid_b = _mask_offsets(row0, offs_c, M, C, BLOCK_M, CHANNELS_LAST)
+            packed = tl.load(mask_ptr + offs_b, mask=valid_b, other=0)
+            keep = _unpack_bits(packed, BLOCK_M, BLOCK_C)
+        else:
+            keep = _positive(_normalise(x_centred, scale, shift), dy_ptr.dtype.element_ty)
+        g = tl.where(keep, g, 0.0)
+    return g, x_centred
+
+
+@triton.jit
+def _store_parameter_gradients(sum_g, sum_gx, rstd, dweight_ptr, dbias_ptr, offs_c, mask_c):
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + offs_c, sum_gx * rstd, mask=mask_c)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + offs_c, sum_g, mask=mask_c)
+
+
+@triton.jit(do_not_specialize=["M", "C", "S", "programs"])
+def _batch_norm_bwd_reduce_kernel(
+    dy_ptr, x_ptr, mask_ptr, stats_ptr, scratch_ptr, means_ptr, dweight_ptr, dbias_ptr, dresidual_ptr, dx_ptr,
+    M, C, S, programs,
+    RELU: tl.constexpr, SUMS: tl.constexpr, COUNTERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
+    channel_tiles = tl.cdiv(C, BLOCK_C)
+    pid_c = tl.program_id(0) % channel_tiles
+    pid_m = tl.program_id(0) // channel_tiles
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
+    scale = tl.load(stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
+    shift = tl.load(stats_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
+
+    sum_g = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    sum_gx = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    for row0 in range(pid_m.to(tl.int64) * BLOCK_M, M, programs * BLOCK_M):
+        mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
+        offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+        g, x_centred = _gradient_tile(
+            dy_ptr, x_ptr, mask_ptr, mean, scale, shift, offsets, mask, row0, offs_c, M, C,
+            RELU, SUMS or mask_ptr is None, CHANNELS_LAST, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if dx_ptr is not None:  # frozen statistics
+            tl.store(dx_ptr + offsets, (g * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
+        sum_g += g
+        sum_gx += g * x_centred
+
+    if SUMS:
+        counter_ptr = scratch_ptr.to(tl.pointer_type(tl.int32)) + 1 + pid_c
+        partials_ptr = scratch_ptr + COUNTERS
+        tl.store(partials_ptr + pid_m * C + offs_c, tl.sum(sum_g, axis=0), mask=mask_c)
+        tl.store(partials_ptr + (programs + pid_m) * C + offs_c, tl.sum(sum_gx, axis=0), mask=mask_c)
+        if _arrive(counter_ptr) == programs - 1:
+            total_g = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+            total_gx = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+            for start in range(0, programs, BLOCK_P):
+                offs_p = start + tl.arange(0, BLOCK_P)
+                mask_p = (offs_p < programs)[:, None] & mask_c[None, :]
+                offsets_p = partials_ptr + offs_p[:, None] * C + offs_c[None, :]
+                # .cg: other multiprocessors wrote these; not from this one's L1
+                total_g += tl.load(offsets_p, mask=mask_p, other=0.0, cache_modifier=".cg")
+                total_gx += tl.load(offsets_p + programs * C, mask=mask_p, other=0.0, cache_modifier=".cg")
+            rstd = tl.load(stats_ptr + C + offs_c, mask=mask_c, other=0.0)
+            all_g = tl.sum(total_g, axis=0)
+            all_gx = tl.sum(total_gx, axis=0)
+            _store_parameter_gradients(all_g, all_gx, rstd, dweight_ptr, dbias_ptr, offs_c, mask_c)
+            if means_ptr is not None:
+                rows = M.to(tl.float32)
+                tl.store(means_ptr + offs_c, all_g / rows, mask=mask_c)
+                tl.store(means_ptr + C + offs_c, rstd * rstd * (all_gx / rows), mask=mask_c)
+            tl.store(counter_ptr, 0)
+
+
+@triton.jit(do_not_specialize=["M", "C", "S", "rows_per_program"])
+def _batch_norm_bwd_apply_kernel(
+    g_ptr, x_ptr, mask_ptr, stats_ptr, means_ptr, dx_ptr,
+    M, C, S, rows_per_program,
+    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
+    channel_tiles = tl.cdiv(C, BLOCK_C)
+    # Backwards through memory: what the reduction read last is still in the L2 cache.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    pid_m = pid // channel_tiles
+    offs_c = pid % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
+    scale = tl.load(stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
+    shift = tl.load(stats_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
+    mean_g = tl.load(means_ptr + offs_c, mask=mask_c, other=0.0)
+    mean_gx = tl.load(means_ptr + C + offs_c, mask=mask_c, other=0.0)
+
+    first = pid_m.to(tl.int64) * rows_per_program
+    for row0 in range(first, tl.minimum(first + rows_per_program, M), BLOCK_M):
+        mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
+        offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+        g, x_centred = _gradient_tile(
+            g_ptr, x_ptr, mask_ptr, mean, scale, shift, offsets, mask, row0, offs_c, M, C,
+            RELU, True, CHANNELS_LAST, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
+        dx = scale[None, :] * (g - mean_g[None, :] - x_centred * mean_gx[None, :])
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "C", "S"])
+def _batch_norm_bwd_on_chip_kernel(
+    dy_ptr, x_ptr, mask_ptr, stats_ptr, dweight_ptr, dbias_ptr, dresidual_ptr, dx_ptr,
+    M, C, S,
+    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
+    rstd = tl.load(stats_ptr + C + offs_c, mask=mask_c, other=0.0)
+    scale = tl.load(stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
+    shift = tl.load(stats_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
+
+    row0 = tl.full([], 0, dtype=tl.int64)
+    mask = (tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
+    offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+    g, x_centred = _gradient_tile(
+        dy_ptr, x_ptr, mask_ptr, mean, scale, shift, offsets, mask, row0, offs_c, M, C,
+        RELU, True, CHANNELS_LAST, BLOCK_M, BLOCK_C,
+    )  # fmt: skip
+    if dresidual_ptr is not None:
+        tl.store(dresidual_ptr + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
+    sum_g = tl.sum(g, axis=0)
+    sum_gx = tl.sum(g * x_centred, axis=0)
+    _store_parameter_gradients(sum_g, sum_gx, rstd, dweight_ptr, dbias_ptr, offs_c, mask_c)
+    if dx_ptr is not None:
+        mean_g = sum_g / M.to(tl.float32)
+        mean_gx = rstd * rstd * (sum_gx / M.to(tl.float32))
+        dx = scale[None, :] * (g - mean_g[None, :] - x_centred * mean_gx[None, :])
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def batch_norm_bwd_reduce(
+    dy: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, view: Rows, act: str | None, out: Gradients,
+    means: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill the parameter gradients and dresidual of ``out``, and ``means`` [2, C] for the apply kernel.
+
+    ``out.x`` given: the statistics were frozen, and this launch writes it too. Reads dy, x (unless nothing
+    needs it) and the mask, writes dresidual; one launch.
+    """
+    config = tiling.reduction(view, dy.itemsize, num_sms(x.device))
+    sums = means is not None or out.weight is not None or out.bias is not None
+    scratch = workspace(x.device, 2 * config.programs * view.C if sums else 0)
+    with on_device(x.device):
+        _batch_norm_bwd_reduce_kernel[config.grid](
+            dy, x, mask, stats, scratch, means, out.weight, out.bias, out.residual, out.x,
+            view.M, view.C, view.S, config.programs,
+            RELU=act == "relu", SUMS=sums, COUNTERS=COUNTERS, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def batch_norm_bwd_apply(
+    g: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, means: Tensor, view: Rows, act: str | None, dx: Tensor
+) -> None:
+    """Fill dx. Reads g (or dy, with the mask or ``act``) and x, writes dx; one launch."""
+    config = tiling.elementwise(view, g.itemsize)
+    with on_device(x.device):
+        _batch_norm_bwd_apply_kernel[config.grid](
+            g, x, mask, stats, means, dx,
+            view.M, view.C, view.S, config.rows_per_program,
+            RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def batch_norm_bwd_on_chip(
+    dy: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, view: Rows, config: Tiling, act: str | None,
+    out: Gradients,
+) -> None:  # fmt: skip
+    """Fill ``out`` in one launch: reads dy, x and the mask once, writes dx and dresidual."""
+    with on_device(x.device):
+        _batch_norm_bwd_on_chip_kernel[config.grid](
+            dy, x, mask, stats, out.weight, out.bias, out.residual, out.x,
+            view.M, view.C, view.S,
+            RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def batch_norm_act_backward(
+    dy: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, act: str | None, frozen: bool, out: Gradients
+) -> None:
+    """Fill the tensors of ``out``; dy, x and all of ``out`` have x's strides.
+
+    One launch with frozen statistics or where a channel tile fits on-chip, else two. ``out.residual`` is for
+    the masked gradient only: without an activation it is dy itself, and there is nothing to write.
+    """
+    view = rows(x)
+    if frozen:
+        batch_norm_bwd_reduce(dy, x, mask, stats, view, act, out, None)
+        return
+    config = tiling.on_chip(view, max(x.itemsize, dy.itemsize))
+    if config is not None:
+        batch_norm_bwd_on_chip(dy, x, mask, stats, view, config, act, out)
+        return
+    means = None if out.x is None else torch.empty((2, view.C), dtype=torch.float32, device=x.device)
+    batch_norm_bwd_reduce(dy, x, mask, stats, view, act, out._replace(x=None), means)
+    if out.x is None or means is None:
+        return
+    if out.residual is not None and out.residual.dtype == dy.dtype:
+        # g has been written for the residual: no mask to read again
+        batch_norm_bwd_apply(out.residual, x, None, stats, means, view, None, out.x)
+    else:
+        batch_norm_bwd_apply(dy, x, mask, stats, means, view, act, out.x)

@@ -1,0 +1,344 @@
+"""Forward kernels of act(batch_norm(x) + residual), and their launchers.
+
+Statistics travel as one float32 tensor ``stats`` [4, C] of rows mean, rstd, scale = rstd·γ and shift = β. It is
+all that the apply kernels and the backward need of the parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.kernels import tiling
+from fusedres.kernels._common import (
+    _aligned_extents,
+    _arrive,
+    _chan_merge,
+    _chan_reduce,
+    _mask_offsets,
+    _normalise,
+    _pack_bits,
+    _positive,
+    _tile_offsets,
+)
+from fusedres.kernels.layout import Rows, rows
+from fusedres.kernels.tiling import Tiling
+from fusedres.kernels.workspace import COUNTERS, num_sms, on_device, workspace
+
+
+@triton.jit
+def _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, store, C, EPS: tl.constexpr):
+    """(scale, shift) of the channels; writes the four rows of ``stats`` where ``store``."""
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + EPS))
+    scale = rstd
+    if weight_ptr is not None:
+        scale = rstd * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    shift = tl.zeros_like(rstd)
+    if bias_ptr is not None:
+        shift = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    if stats_ptr is not None:
+        mask_c = mask_c & store
+        tl.store(stats_ptr + offs_c, mean, mask=mask_c)
+        tl.store(stats_ptr + C + offs_c, rstd, mask=mask_c)
+        tl.store(stats_ptr + 2 * C + offs_c, scale, mask=mask_c)
+        tl.store(stats_ptr + 3 * C + offs_c, shift, mask=mask_c)
+    return scale, shift
+
+
+@triton.jit
+def _update_running(
+    mean, m2, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counter_ptr, channel_tiles, momentum, offs_c, mask_c
+):  # fmt: skip
+    """Running statistics (the variance with Bessel's correction) and the batch counter.
+
+    Every channel tile reads the batch counter, and the last one to have done so increments it.
+    """
+    if num_batches_ptr is not None:
+        batches = tl.load(num_batches_ptr)
+    if running_mean_ptr is not None:
+        if momentum is None:
+            factor = tl.div_rn(1.0, (batches + 1).to(tl.float32))
+        else:
+            factor = momentum
+        old_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        old_var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        var = m2 / (M - 1).to(tl.float32)
+        tl.store(running_mean_ptr + offs_c, factor * mean + (1 - factor) * old_mean, mask=mask_c)
+        tl.store(running_var_ptr + offs_c, factor * var + (1 - factor) * old_var, mask=mask_c)
+    if num_batches_ptr is not None:
+        if _arrive(counter_ptr) == channel_tiles - 1:
+            tl.store(num_batches_ptr, batches + 1)
+            tl.store(counter_ptr, 0)
+
+
+@triton.jit(do_not_specialize=["M", "C", "S", "programs"])
+def _batch_norm_fwd_stats_kernel(
+    x_ptr, scratch_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, num_batches_ptr,
+    M, C, S, programs, momentum,
+    EPS: tl.constexpr, COUNTERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
+    channel_tiles = tl.cdiv(C, BLOCK_C)
+    pid_c = tl.program_id(0) % channel_tiles
+    pid_m = tl.program_id(0) // channel_tiles
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    row_tiles = tl.cdiv(M, BLOCK_M)
+
+    # Moments of every (row of the tile, channel) on its own: no exchange between threads inside the loop.
+    count = tl.zeros([BLOCK_M, 1], dtype=tl.float32)
+    mean = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    m2 = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    for row0 in range(pid_m.to(tl.int64) * BLOCK_M, M, programs * BLOCK_M):
+        mask_m = (row0 + tl.arange(0, BLOCK_M) < M)[:, None]
+        offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+        x = tl.load(x_ptr + offsets, mask=mask_m & mask_c[None, :], other=0.0).to(tl.float32)
+        count, mean, m2 = _chan_merge(count, mean, m2, mask_m.to(tl.float32), x, 0.0)
+    mean_c, m2_c = _chan_reduce(count, mean, m2)
+
+    counters_ptr = scratch_ptr.to(tl.pointer_type(tl.int32))
+    partials_ptr = scratch_ptr + COUNTERS
+    tl.store(partials_ptr + pid_m * C + offs_c, mean_c, mask=mask_c)
+    tl.store(partials_ptr + (programs + pid_m) * C + offs_c, m2_c, mask=mask_c)
+    if _arrive(counters_ptr + 1 + pid_c) == programs - 1:
+        count = tl.zeros([BLOCK_P, 1], dtype=tl.float32)
+        mean = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+        m2 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+        for start in range(0, programs, BLOCK_P):
+            offs_p = start + tl.arange(0, BLOCK_P)
+            # Rows dealt to each program: its tiles, less what the last tile lacks.
+            tiles = (row_tiles - offs_p + programs - 1) // programs
+            lacking = tl.where(offs_p == (row_tiles - 1) % programs, row_tiles * BLOCK_M - M, 0)
+            count_p = tl.where(offs_p < programs, tiles * BLOCK_M - lacking, 0).to(tl.float32)[:, None]
+            mask_p = (offs_p < programs)[:, None] & mask_c[None, :]
+            offsets = offs_p[:, None] * C + offs_c[None, :]
+            # .cg: other multiprocessors wrote these; not from this one's L1
+            mean_p = tl.load(partials_ptr + offsets, mask=mask_p, other=0.0, cache_modifier=".cg")
+            m2_p = tl.load(partials_ptr + programs * C + offsets, mask=mask_p, other=0.0, cache_modifier=".cg")
+            count, mean, m2 = _chan_merge(count, mean, m2, count_p, mean_p, m2_p)
+        mean_c, m2_c = _chan_reduce(count, mean, m2)
+        var_c = m2_c / M.to(tl.float32)
+        _affine(mean_c, var_c, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
+        _update_running(
+            mean_c, m2_c, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counters_ptr, channel_tiles, momentum,
+            offs_c, mask_c,
+        )  # fmt: skip
+        tl.store(counters_ptr + 1 + pid_c, 0)
+
+
+@triton.jit
+def _finish_tile(
+    x_centred, scale, shift, residual_ptr, y_ptr, mask_ptr, offsets, mask, row0, offs_c, M, C,
+    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Affine map, residual, ReLU and stores of one tile."""
+    z = _normalise(x_centred, scale, shift)
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        keep = _positive(z, y_ptr.dtype.element_ty)
+        z = tl.where(keep, z, 0.0)
+        if mask_ptr is not None:
+            offs_b, valid_b = _mask_offsets(row0, offs_c, M, C, BLOCK_M, CHANNELS_LAST)
+            tl.store(mask_ptr + offs_b, _pack_bits(keep, BLOCK_M, BLOCK_C), mask=valid_b)
+    tl.store(y_ptr + offsets, z.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "C", "S", "rows_per_program"])
+def _batch_norm_fwd_apply_kernel(
+    x_ptr, residual_ptr, stats_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, y_ptr, mask_ptr,
+    M, C, S, rows_per_program,
+    EPS: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
+    channel_tiles = tl.cdiv(C, BLOCK_C)
+    # Backwards through memory: what the statistics read last is still in the L2 cache.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    pid_m = pid // channel_tiles
+    offs_c = pid % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    if running_mean_ptr is not None:
+        mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        scale, shift = _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, pid_m == 0, C, EPS)
+    else:
+        mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
+        scale = tl.load(stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
+        shift = tl.load(stats_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
+
+    first = pid_m.to(tl.int64) * rows_per_program
+    for row0 in range(first, tl.minimum(first + rows_per_program, M), BLOCK_M):
+        mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
+        offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+        x_centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        _finish_tile(
+            x_centred, scale, shift, residual_ptr, y_ptr, mask_ptr, offsets, mask, row0, offs_c, M, C,
+            RELU, CHANNELS_LAST, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "C", "S"])
+def _batch_norm_fwd_on_chip_kernel(
+    x_ptr, residual_ptr, scratch_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
+    num_batches_ptr, y_ptr, mask_ptr,
+    M, C, S, momentum,
+    EPS: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    row0 = tl.full([], 0, dtype=tl.int64)
+    mask_m = (tl.arange(0, BLOCK_M) < M)[:, None]
+    mask = mask_m & mask_c[None, :]
+    offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    mean, m2 = _chan_reduce(mask_m.to(tl.float32), x, 0.0)
+    var = m2 / M.to(tl.float32)
+    scale, shift = _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
+    _update_running(
+        mean, m2, M, running_mean_ptr, running_var_ptr, num_batches_ptr, scratch_ptr.to(tl.pointer_type(tl.int32)),
+        tl.num_programs(0), momentum, offs_c, mask_c,
+    )  # fmt: skip
+    _finish_tile(
+        x - mean[None, :], scale, shift, residual_ptr, y_ptr, mask_ptr, offsets, mask, row0, offs_c, M, C,
+        RELU, CHANNELS_LAST, BLOCK_M, BLOCK_C,
+    )  # fmt: skip
+
+
+def batch_norm_fwd_stats(
+    x: Tensor,
+    view: Rows,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """``stats`` [4, C] of a dense x; updates the running statistics. Reads x; one launch."""
+    config = tiling.reduction(view, x.itemsize, num_sms(x.device))
+    stats = torch.empty((4, view.C), dtype=torch.float32, device=x.device)
+    scratch = workspace(x.device, 2 * config.programs * view.C)
+    with on_device(x.device):
+        _batch_norm_fwd_stats_kernel[config.grid](
+            x, scratch, stats, weight, bias, running_mean, running_var, num_batches_tracked,
+            view.M, view.C, view.S, config.programs, momentum,
+            EPS=eps, COUNTERS=COUNTERS, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,
+        )  # fmt: skip
+    return stats
+
+
+def batch_norm_fwd_apply(
+    x: Tensor,
+    residual: Tensor | None,
+    view: Rows,
+    stats: Tensor | None,
+    running: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, mask) from ``stats``, or from the running statistics, which then fill ``stats`` where it is given.
+
+    Reads x and the residual, writes y and, if ``save_mask``, one bit an element; one launch.
+    """
+    config = tiling.elementwise(view, x.itemsize)
+    y, mask = _outputs(x, residual, view, save_mask)
+    running_mean, running_var = running or (None, None)
+    with on_device(x.device):
+        _batch_norm_fwd_apply_kernel[config.grid](
+            x, residual, stats, running_mean, running_var, weight, bias, y, mask if save_mask else None,
+            view.M, view.C, view.S, config.rows_per_program,
+            EPS=eps, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        )  # fmt: skip
+    return y, mask
+
+
+def batch_norm_fwd_on_chip(
+    x: Tensor,
+    residual: Tensor | None,
+    view: Rows,
+    config: Tiling,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    act: str | None,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, stats, mask) in one launch: reads x and the residual once, writes y and the mask."""
+    y, mask = _outputs(x, residual, view, save_mask)
+    stats = torch.empty((4, view.C), dtype=torch.float32, device=x.device)
+    with on_device(x.device):
+        _batch_norm_fwd_on_chip_kernel[config.grid](
+            x, residual, workspace(x.device, 0), stats, weight, bias, running_mean, running_var,
+            num_batches_tracked, y, mask if save_mask else None,
+            view.M, view.C, view.S, momentum,
+            EPS=eps, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        )  # fmt: skip
+    return y, stats, mask
+
+
+def _outputs(x: Tensor, residual: Tensor | None, view: Rows, save_mask: bool) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    mask = torch.empty(view.mask_bytes if save_mask else 0, dtype=torch.uint8, device=x.device)
+    return torch.empty_like(x, dtype=dtype), mask
+
+
+def batch_norm_act_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    act: str | None,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, stats, mask) with the statistics of the batch: one launch where a channel tile fits on-chip, else two."""
+    view = rows(x)
+    updates = (running_mean, running_var, num_batches_tracked, momentum, eps)
+    config = tiling.on_chip(view, x.itemsize)
+    if config is not None:
+        return batch_norm_fwd_on_chip(x, residual, view, config, weight, bias, *updates, act, save_mask)
+    stats = batch_norm_fwd_stats(x, view, weight, bias, *updates)
+    y, mask = batch_norm_fwd_apply(x, residual, view, stats, None, None, None, eps, act, save_mask)
+    return y, stats, mask
+
+
+def batch_norm_act_inference_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    act: str | None,
+    save_stats: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, stats, mask) with the running statistics, in one launch; ``stats`` is empty unless ``save_stats``."""
+    view = rows(x)
+    stats = torch.empty((4, view.C) if save_stats else 0, dtype=torch.float32, device=x.device)
+    y, mask = batch_norm_fwd_apply(
+        x, residual, view, stats if save_stats else None, (running_mean, running_var), weight, bias, eps, act, save_mask
+    )  # fmt: skip
+    return y, stats, mask

@@ -1,0 +1,58 @@
+"""How an activation (N, C, *) is seen by the kernels: M = N·S rows by C channels, C or S contiguous."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """The row view of a dense activation; S is the product of the dimensions behind C."""
+
+    M: int
+    C: int
+    S: int
+    channels_last: bool
+
+    @property
+    def align(self) -> int:
+        """The largest power of two up to 16 that divides the contiguous extent: it bounds the vector width."""
+        return gcd(self.C if self.channels_last else self.S, 16)
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of a 1-bit mask, eight rows to a byte."""
+        return (self.M + 7) // 8 * self.C
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether C is the contiguous dimension and nothing is skipped (S = 1 counts: rows of C)."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself where the kernels can walk it, else a copy in the memory format that its strides suggest."""
+    if x.is_contiguous() or is_channels_last(x):
+        return x
+    if x.stride(1) == 1:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous()
+
+
+def dense_like(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with the strides of the dense tensor ``like``: itself, or a copy."""
+    if x.stride() == like.stride():
+        return x
+    return torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def rows(x: Tensor) -> Rows:
+    """The row view of ``x``, which must be dense."""
+    N, C = x.shape[0], x.shape[1]
+    M = x.numel() // C
+    return Rows(M, C, M // N, M == N or is_channels_last(x))

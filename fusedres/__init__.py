@@ -1,6 +1,7 @@
 """Fused Triton kernels for residual networks, behind drop-in modules and one call, :func:`fuse`."""
 
-from fusedres import functional, nn
+from fusedres import functional, models, nn
+from fusedres.fusion import explain, fuse, unfuse
 
 __version__ = "0.1.0"
-__all__ = ["functional", "nn"]
+__all__ = ["explain", "functional", "fuse", "models", "nn", "unfuse"]

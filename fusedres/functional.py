@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import reference
+from fusedres.ops import refusal as refusal  # for explain
 from fusedres.ops import use_kernels
 
 ACTIVATIONS = (None, "relu")

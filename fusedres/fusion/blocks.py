@@ -1,0 +1,203 @@
+"""The dynamic subclass that gives a block its rewritten forward."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import itertools
+import linecache
+import re
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from fusedres.fusion.patterns import Call, Rewritten
+from fusedres.fusion.runtime import is_changed
+from fusedres.fusion.tracing import UntraceableError, parameters
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+_serial = itertools.count()
+_FORWARD = """
+def forward(self, {parameters}):
+    if self._fusedres_stale or {others}len(self._modules) != {children} or _is_changed(({norms}), ({acts})):
+        return _original(self, {arguments})
+    return {call}
+"""
+
+
+@dataclass(frozen=True)
+class Code:
+    """A rewritten forward: its text and what the names in it stand for, in a form that compares and pickles.
+
+    ``names`` holds functions by reference and Python modules by name; ``norms`` and ``acts`` are the paths of the
+    folded modules, ``children`` is the number of the block's children.
+    """
+
+    source: str
+    names: tuple[tuple[str, Any], ...]
+    norms: tuple[str, ...]
+    acts: tuple[str, ...]
+    children: int
+    calls: tuple[Call, ...]
+
+
+class FusedBlock:
+    """Mixed into a block's own class. The block runs its original forward again once it is no longer what was traced.
+
+    Modules that were folded are looked at in each forward; attributes that a trace has baked in are watched here.
+    """
+
+    _fusedres_original: type[nn.Module]
+    _fusedres_code: Code
+    _fusedres_stale = False
+
+    def __init_subclass__(cls) -> None:
+        """Not a class of the user's: their hooks for subclasses are not run."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _MODULE_ATTRIBUTES and not self._fusedres_stale:
+            children = vars(self).get("_modules", {})
+            replaced = name in vars(self) and not _is_same(vars(self)[name], value)
+            if replaced or (value is None and children.get(name) is not None):
+                vars(self)["_fusedres_stale"] = True
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        constructor, arguments, *rest = super().__reduce_ex__(protocol)
+        original = self._fusedres_original
+        arguments = tuple(original if argument is type(self) else argument for argument in arguments)
+        return (_rebuild, (original, self._fusedres_code, constructor, arguments), *rest)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A Python module, by name."""
+
+    name: str
+
+
+def generate(block: nn.Module, graphs: tuple[fx.Graph, fx.Graph], folded: tuple[Rewritten, Rewritten]) -> Code:
+    """The code of the graphs for training and for evaluation, one where they are the same, behind the checks.
+
+    Raises:
+        UntraceableError: the two graphs call different functions by one name.
+    """
+    training, evaluation = (graph.python_code("self") for graph in graphs)
+    names = training.globals | evaluation.globals
+    if any(names[name] is not value for name, value in training.globals.items()):
+        raise UntraceableError("forward calls different functions by one name")
+    required, others = parameters(type(block).forward)
+    norms = tuple(sorted(folded[0].norms | folded[1].norms))
+    acts = tuple(sorted(folded[0].acts | folded[1].acts))
+    arguments = ", ".join(required)
+    call = f"_training(self, {arguments})"
+    source = training.src.replace("def forward(", "def _training(", 1)
+    if training.src != evaluation.src:
+        call += f" if self.training else _evaluation(self, {arguments})"
+        source += evaluation.src.replace("def forward(", "def _evaluation(", 1)
+    source += _FORWARD.format(
+        parameters=arguments + (", *args, **kwargs" if others else ""),
+        arguments=arguments + (", *args, **kwargs" if others else ""),
+        others="args or kwargs or " if others else "",
+        children=len(block._modules),
+        norms="".join(f"{_path(norm)}, " for norm in norms),
+        acts="".join(f"{_path(act)}, " for act in acts),
+        call=call,
+    )
+    words = set(re.findall(r"\w+", source))
+    used = tuple(
+        (name, _Module(value.__name__) if isinstance(value, types.ModuleType) else value)
+        for name, value in sorted(names.items(), key=lambda item: item[0])
+        if name in words
+    )
+    return Code(source, used, norms, acts, len(block._modules), merge_calls(folded[0].calls, folded[1].calls))
+
+
+def merge_calls(training: list[Call], evaluation: list[Call]) -> tuple[Call, ...]:
+    """The calls of both modes; where they differ, the reason says which mode a row is for."""
+    if training == evaluation:
+        return tuple(training)
+    return tuple(
+        Call(call.module, call.pattern, ": ".join(filter(None, (f"in {mode} only", call.reason))))
+        if call not in other
+        else call
+        for mode, calls, other in (("training", training, evaluation), ("evaluation", evaluation, training))
+        for call in calls
+        if mode == "training" or call not in other
+    )
+
+
+def install(block: nn.Module, code: Code) -> None:
+    """Give ``block`` the rewritten forward.
+
+    Raises:
+        TypeError: its class has no subclass that an instance can be turned into.
+    """
+    block.__class__ = _fused_class(type(block), code)
+
+
+def original_class(block: nn.Module) -> type[nn.Module] | None:
+    """The class that ``block`` had before it was fused; ``None`` where it is not, or was wrapped since."""
+    return vars(type(block)).get("_fusedres_original")
+
+
+def is_intact(block: FusedBlock) -> bool:
+    """Whether the next call of ``block`` runs the rewritten forward."""
+    assert isinstance(block, nn.Module)
+    children = dict(block.named_modules(remove_duplicate=False))
+    code = block._fusedres_code
+    if block._fusedres_stale or any(path not in children for path in (*code.norms, *code.acts)):
+        return False
+    return len(block._modules) == code.children and not is_changed(
+        tuple(children[norm] for norm in code.norms), tuple(children[act] for act in code.acts)
+    )
+
+
+@functools.cache
+def _fused_class(original: type[nn.Module], code: Code) -> type[nn.Module]:
+    """One class for all blocks with the same code, so that torch.compile compiles it once."""
+    forward = _compile(original, code)
+    attributes = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_fusedres_original": original,
+        "_fusedres_code": code,
+        "forward": forward,
+    }
+    return types.new_class(original.__name__, (FusedBlock, original), {}, lambda body: body.update(attributes))
+
+
+def _compile(original: type[nn.Module], code: Code) -> Callable[..., Any]:
+    filename = f"<fusedres {original.__module__}.{original.__qualname__} {next(_serial)}>"
+    linecache.cache[filename] = (len(code.source), None, code.source.splitlines(keepends=True), filename)
+    names: dict[str, Any] = {
+        name: importlib.import_module(value.name) if isinstance(value, _Module) else value for name, value in code.names
+    }
+    names |= {"_original": original.forward, "_is_changed": is_changed}
+    exec(compile(code.source, filename, "exec"), names)
+    forward = names["forward"]
+    forward.__module__, forward.__qualname__ = original.__module__, f"{original.__qualname__}.forward"
+    forward.__doc__ = original.forward.__doc__
+    forward.__signature__ = inspect.signature(original.forward)
+    return forward
+
+
+def _rebuild(original: type[nn.Module], code: Code, constructor: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    block = constructor(*arguments)
+    block.__class__ = _fused_class(original, code)
+    return block
+
+
+def _path(target: str) -> str:
+    return "self" + "".join(f"._modules[{name!r}]" for name in target.split("."))
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    return old is new or (type(old) is type(new) and isinstance(old, (bool, int, float, str)) and old == new)

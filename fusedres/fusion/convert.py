@@ -1,0 +1,78 @@
+"""fuse and unfuse."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TypeVar
+
+from torch import nn
+
+from fusedres.fusion.blocks import FusedBlock, install, original_class
+from fusedres.fusion.plan import Filter, make_plans, swap_refusal, walk
+from fusedres.nn import BatchNormAct2d, as_batch_norm_act
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_TAKEN = "_fusedres_taken"
+
+
+def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
+    """Fuse BatchNorm, residual additions and ReLU in every block of ``model``, in place.
+
+    Each ``nn.BatchNorm2d`` becomes a :class:`fusedres.nn.BatchNormAct2d`, the same object with the same tensors and
+    hooks. The forward of a block that holds a pattern is rewritten from its torch.fx graph; the block stays an
+    instance of its class. Parameters, buffers, ``state_dict`` and results are unchanged, and so is whatever cannot
+    be traced; :func:`explain` says what that is. A block runs its original forward when one of its folded modules
+    has been replaced or hooked, one of its attributes set, or an optional argument is passed. Fusing a fused model
+    again changes nothing.
+
+    Args:
+        model: any module.
+        filter_fn: called with each module and its qualified name; where it returns ``False``, that BatchNorm, or
+            that block's own forward, is left alone.
+
+    Returns:
+        ``model`` itself.
+    """
+    plans = make_plans(model, filter_fn)
+    norms = [(name, norm) for name, norm in walk(model) if type(norm) is nn.BatchNorm2d]
+    for name, norm in norms:
+        if swap_refusal(norm) is None and (filter_fn is None or filter_fn(norm, name)):
+            as_batch_norm_act(norm, act=None)
+            setattr(norm, _TAKEN, True)
+    for plan in plans:
+        if plan.code is not None:
+            _restore(plan.block)
+            with contextlib.suppress(TypeError):  # a class with a memory layout of its own keeps its forward
+                install(plan.block, plan.code)
+    return model
+
+
+def unfuse(model: ModuleT) -> ModuleT:
+    """Undo :func:`fuse` in place: the original classes and forwards, over the same tensors.
+
+    A :class:`fusedres.nn.BatchNormAct2d` that ``fuse`` did not make stays.
+
+    Returns:
+        ``model`` itself.
+    """
+    for module in model.modules():
+        _restore(module)
+        if is_taken(module):
+            delattr(module, _TAKEN)
+            del module.act
+            module.__class__ = nn.BatchNorm2d
+    return model
+
+
+def is_taken(module: nn.Module) -> bool:
+    """Whether ``fuse`` made this BatchNormAct2d."""
+    return type(module) is BatchNormAct2d and _TAKEN in vars(module)
+
+
+def _restore(block: nn.Module) -> None:
+    original = original_class(block)
+    if original is not None:
+        block.__class__ = original
+        vars(block).pop("_fusedres_stale", None)
+    elif isinstance(block, FusedBlock):
+        vars(block)["_fusedres_stale"] = True  # wrapped in a class of another library's

@@ -1,0 +1,110 @@
+"""explain: what is fused, what would be, and why not."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fusedres.functional import refusal
+from fusedres.fusion.blocks import FusedBlock, is_intact
+from fusedres.fusion.convert import is_taken
+from fusedres.fusion.patterns import Call
+from fusedres.fusion.plan import Plan, make_plans, swap_refusal, walk
+from fusedres.nn import BatchNormAct2d
+
+COLUMNS = ("module", "pattern", "path", "reason")
+
+
+class Explanation:
+    """A row for each call of a BatchNorm and each print that is dropped; ``str`` is a table of them.
+
+    Attributes:
+        rows: dicts of ``module`` (qualified name; the block's for a print), ``pattern`` (``bn``, ``bn_act``,
+            ``bn_add``, ``bn_add_act`` or ``print``), ``path`` (``triton``, ``reference`` or, for what is left
+            alone, ``eager``) and ``reason``.
+    """
+
+    def __init__(self, rows: list[dict[str, str]]) -> None:
+        self.rows = rows
+
+    def __str__(self) -> str:
+        table = [COLUMNS, *(tuple(row[column] for column in COLUMNS) for row in self.rows)]
+        widths = [max(len(cells[column]) for cells in table) for column in range(len(COLUMNS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What :func:`fuse` would do to ``model``, or, once it is fused, what it did; ``model`` is not changed.
+
+    Raises:
+        ValueError: ``FUSEDRES_BACKEND`` is unknown.
+    """
+    names = {module: name for name, module in walk(model)}
+    fused = any(isinstance(module, FusedBlock) or is_taken(module) for module in names)
+    rows: list[dict[str, str]] = []
+    seen: set[nn.Module] = set()
+    plans = make_plans(model)
+    for plan in plans:
+        children = dict(plan.block.named_modules(remove_duplicate=False))
+        for call in _current_calls(plan, fused):
+            module = children[call.module]
+            seen.add(module)
+            rows.append(_row(names.get(module, call.module), call, module, fused))
+    reasons = {plan.block: plan.reason for plan in plans if plan.reason}
+    for norm, name in names.items():
+        if isinstance(norm, _BatchNorm) and norm not in seen:
+            rows.append(_row(name, Call(name, "bn", _owner_reason(name, names, reasons)), norm, fused))
+    return Explanation(rows)
+
+
+def _current_calls(plan: Plan, fused: bool) -> tuple[Call, ...]:
+    """The calls as the block makes them now, or, where nothing is fused yet, as it would."""
+    block = plan.block
+    if not fused:
+        return plan.calls
+    if isinstance(block, FusedBlock) and is_intact(block):
+        return block._fusedres_code.calls
+    why = "a module or an attribute has changed since" if isinstance(block, FusedBlock) else "its block was left alone"
+    return tuple(
+        call if call.pattern == "bn" or _is_own(plan, call) else Call(call.module, "bn", why)
+        for call in plan.calls
+        if call.pattern != "print"
+    )
+
+
+def _is_own(plan: Plan, call: Call) -> bool:
+    module = plan.block.get_submodule(call.module)
+    return isinstance(module, BatchNormAct2d) and not is_taken(module)
+
+
+def _row(name: str, call: Call, module: nn.Module, fused: bool) -> dict[str, str]:
+    path, reason = "", call.reason
+    if call.pattern != "print":
+        left_alone = swap_refusal(module)
+        if left_alone is None and fused and not isinstance(module, BatchNormAct2d):
+            left_alone = "filter_fn, or added since"
+        refused = refusal(*_device_and_dtype(module)) if left_alone is None else None
+        path = "eager" if left_alone else "reference" if refused else "triton"
+        reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason))))
+    return {"module": name, "pattern": call.pattern, "path": path, "reason": reason}
+
+
+def _device_and_dtype(norm: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Those of the parameters or buffers, for want of an input."""
+    for tensor in (*norm.parameters(), *norm.buffers()):
+        return tensor.device, tensor.dtype
+    return torch.empty(0).device, torch.get_default_dtype()
+
+
+def _owner_reason(name: str, names: dict[nn.Module, str], reasons: dict[nn.Module, str]) -> str:
+    """Why the nearest block around ``name`` has no graph."""
+    by_name = {names[block]: reason for block, reason in reasons.items() if block in names}
+    while name:
+        name = name.rpartition(".")[0]
+        if name in by_name:
+            return f"{name or 'the model'}: {by_name[name]}"
+    return "no traced forward calls it"

@@ -1,0 +1,50 @@
+"""What rewritten forwards call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fusedres.nn import BatchNormAct2d
+
+
+def norm_add(norm: BatchNormAct2d, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:
+    """``act(norm(input) + residual)`` with eager's result, fused where the addition neither broadcasts nor casts.
+
+    ``changes`` is the operand that the addition changed in place, ``"norm"`` or ``"residual"``, if any: its dtype
+    is the result's.
+    """
+    if (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.device == input.device
+        and (residual.dtype == input.dtype or (changes is None and residual.is_floating_point()))
+    ):
+        # By keyword: a normalisation that knows neither raises.
+        return norm(input, residual=residual, act=act)
+    out = norm(input)
+    if changes == "norm":
+        out += residual
+    else:
+        out = out + residual if changes is None else residual.clone().add_(out)
+    return torch.relu(out) if act == "relu" else out
+
+
+def is_changed(norms: tuple[nn.Module, ...], acts: tuple[nn.Module, ...]) -> bool:
+    """Whether a module that was folded has been replaced, or has hooks that would see the difference."""
+    for norm in norms:
+        if type(norm) is not BatchNormAct2d or _is_watched(norm):
+            return True
+    for act in acts:
+        if type(act) is not nn.ReLU or _is_watched(act):
+            return True
+    return bool(_has_any_global_hook())
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

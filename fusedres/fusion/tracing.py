@@ -1,0 +1,302 @@
+"""The graph of one module's forward, its children as leaves, taken without any side effect."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import copy
+import inspect
+import io
+import logging
+import operator
+import random
+import re
+import sys
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
+from torch.utils._python_dispatch import TorchDispatchMode
+
+IN_PLACE_OPERATORS = {
+    name: getattr(operator, f"i{name}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
+}
+
+# A value formatted while tracing stands in the text as START name CONVERSION : spec END.
+_START, _END = "\x00", "\x01"
+_TOKEN = re.compile(f"{_START}(\\w+)(![sr])?:([^{_START}{_END}]*){_END}")
+_print = builtins.print
+
+
+class UntraceableError(Exception):
+    """Why a forward is left alone."""
+
+
+def trace(block: nn.Module, training: bool) -> fx.Graph:
+    """The graph of ``type(block).forward`` in one mode; every call of a child is one ``call_module`` node.
+
+    Prints become nodes. Nothing is printed, and ``block`` is afterwards as it was before.
+
+    Raises:
+        UntraceableError: the forward depends on values, has effects that a graph does not show, or is not Python.
+    """
+    modules = list(block.modules())
+    flags = [module.training for module in modules]
+    for module in modules:
+        module.__dict__["training"] = training
+    states = [_State(module) for module in modules]
+    try:
+        graph = _trace(block)
+    except UntraceableError:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise UntraceableError(f"forward cannot be traced: {type(error).__name__}: {first_line}") from error
+    finally:
+        changed = [name for state in states if (name := state.restore()) is not None]
+        for module, flag in zip(modules, flags, strict=True):
+            module.__dict__["training"] = flag
+    if changed:
+        raise UntraceableError(f"forward changes the attribute {changed[0]!r}")
+    _check(graph)
+    return graph
+
+
+def _trace(block: nn.Module) -> fx.Graph:
+    tracer = _Tracer()
+    output = io.StringIO()
+    rng = random.getstate()
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, rng)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(contextlib.redirect_stdout(output))
+        warned = stack.enter_context(warnings.catch_warnings(record=True))
+        stack.enter_context(_intercepted(tracer))
+        stack.enter_context(_NoComputation())
+        tracer.context = _context()
+        graph = tracer.trace(block)
+        if tracer.context != _context():
+            raise UntraceableError("forward changes the gradient mode")
+        if random.getstate() != rng:
+            raise UntraceableError("forward draws random numbers")
+    if output.getvalue():
+        raise UntraceableError("forward writes to the standard output")
+    if warned:
+        raise UntraceableError("forward warns")
+    return graph
+
+
+def _check(graph: fx.Graph) -> None:
+    """Raise where running the graph's source would not be running the forward."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    operators = set(IN_PLACE_OPERATORS.values())
+    for node in graph.nodes:
+        if node.op == "output":
+            node.type = None
+        texts: list[Any] = []
+        fx.node.map_aggregate((node.args, node.kwargs), texts.append)
+        if any(isinstance(text, str) and _START in text for text in texts):
+            raise UntraceableError("forward formats values for something other than print")
+        # `n += 1` rebinds a number and changes a tensor: the same only if the old name is not read again.
+        if node.target in operators and any(order[user] > order[node] for user in node.all_input_nodes[0].users):
+            raise UntraceableError("forward applies an in-place operator to a value with a second name")
+
+
+class _Value(fx.Proxy):
+    """A traced value that in-place operators change and that prints can show."""
+
+    def __getattr__(self, name: str) -> _ValueAttribute:
+        return _ValueAttribute(self, name)
+
+    @property
+    def __class__(self) -> type:
+        # isinstance() comes here after the real type; only torch may ask, for a user's branch would be baked in.
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if not caller.startswith(("torch.", "fusedres.")):
+            raise UntraceableError("forward depends on the type of a value")
+        return type(self)
+
+    def __str__(self) -> str:
+        return f"{_START}{self.node.name}!s:{_END}"
+
+    def __repr__(self) -> str:
+        return f"{_START}{self.node.name}!r:{_END}"
+
+    def __format__(self, spec: str) -> str:
+        return f"{_START}{self.node.name}:{spec}{_END}"
+
+
+class _ValueAttribute(_Value, Attribute):
+    """``value.name``: a node once it is used, a method call when it is called."""
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[[_Value, Any], Any]:
+    def method(self: _Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name, _function in IN_PLACE_OPERATORS.items():
+    # torch.fx has no in-place operators: Python would fall back to `x = x + y`, which does not change x.
+    setattr(_Value, f"__i{_name}__", _in_place(_function))
+
+
+class _Tracer(fx.Tracer):
+    """Children are leaves, buffers are values, and contexts that a graph does not record raise."""
+
+    proxy_buffer_attributes = True
+    context: tuple[Any, ...]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        values = [self.create_proxy("placeholder", name, (), {}) for name in parameters(root_fn)[0]]
+        return root_fn, [self.root, *values]
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if _context() != self.context:
+            raise UntraceableError("forward computes under no_grad, a checkpoint or another context")
+        return super().create_node(kind, *args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        # A proxy's type is asked for first: isinstance(a, Tensor) is of no use on one.
+        if issubclass(type(a), Tensor) and not issubclass(type(a), nn.Parameter):
+            owned = a in self.tensor_attrs or any(a is buffer for buffer in self.root.buffers())
+            if not owned:
+                raise UntraceableError("forward uses a tensor that is not its own")
+        return super().create_arg(a)
+
+    def record_print(self, *args: Any, **kwargs: Any) -> None:
+        """A ``print`` node in place of the print."""
+        self.create_proxy("call_function", _print, self._texts(args), kwargs)
+
+    def _texts(self, value: Any) -> Any:
+        """``value`` with each string that shows traced values rebuilt as ``"...".format(values)``."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._texts(item) for item in value)
+        if not issubclass(type(value), str) or _START not in value:
+            return value
+        nodes = {node.name: node for node in self.graph.nodes}
+        template, end, shown = "", 0, []
+        for match in _TOKEN.finditer(value):
+            name, conversion, spec = match.groups()
+            template += _escape(value[end : match.start()]) + f"{{{conversion or ''}{':' if spec else ''}{spec}}}"
+            shown.append(_Value(nodes[name], self))
+            end = match.end()
+        return self.create_proxy("call_method", "format", (template + _escape(value[end:]), *shown), {})
+
+
+def parameters(forward: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The required positional parameters after ``self``, and whether there are others, which take their defaults.
+
+    Raises:
+        UntraceableError: a keyword-only parameter is required.
+    """
+    required: list[str] = []
+    others = False
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+            raise UntraceableError(f"forward requires the keyword {parameter.name!r}")
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) and (
+            parameter.default is parameter.empty
+        ):
+            required.append(parameter.name)
+        else:
+            others = True
+    return required, others
+
+
+def _escape(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _context() -> tuple[Any, ...]:
+    """Thread state that changes what an operation does and that a graph does not record."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+    )
+
+
+class _NoComputation(TorchDispatchMode):
+    """A real operation during a trace has a result that the graph would hold as a constant."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise UntraceableError(f"forward computes {func} on tensors that are not its inputs")
+
+
+@contextlib.contextmanager
+def _intercepted(tracer: _Tracer) -> Iterator[None]:
+    """Record prints of this thread; refuse logging and autocast."""
+    thread = threading.get_ident()
+    enabled_for, enter_autocast = logging.Logger.isEnabledFor, torch.autocast.__enter__
+
+    def show(*args: Any, **kwargs: Any) -> None:
+        (tracer.record_print if threading.get_ident() == thread else _print)(*args, **kwargs)
+
+    def refuse_logging(self: logging.Logger, level: int) -> bool:
+        if threading.get_ident() == thread and not self.name.startswith("torch"):
+            raise UntraceableError("forward logs")
+        return enabled_for(self, level)
+
+    def refuse_autocast(self: torch.autocast) -> None:
+        raise UntraceableError("forward enters autocast")
+
+    builtins.print = show
+    logging.Logger.isEnabledFor = refuse_logging
+    torch.autocast.__enter__ = refuse_autocast
+    try:
+        yield
+    finally:
+        builtins.print = _print
+        logging.Logger.isEnabledFor = enabled_for
+        torch.autocast.__enter__ = enter_autocast
+
+
+class _State:
+    """A module's attributes, and one level of the containers among them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(vars(module))
+        self.containers = [
+            (name, value, copy.copy(value))
+            for name, value in self.attributes.items()
+            if isinstance(value, (dict, list, set, deque))
+        ]
+
+    def restore(self) -> str | None:
+        """Put everything back; the name of something that had changed."""
+        now, changed = vars(self.module), None
+        for name in now.keys() | self.attributes.keys():
+            if name not in now or name not in self.attributes or now[name] is not self.attributes[name]:
+                changed = name
+        if changed is not None:
+            now.clear()
+            now.update(self.attributes)
+        for name, value, saved in self.containers:
+            if not _same_items(value, saved):
+                changed = name
+                value.clear()
+                value.extend(saved) if isinstance(value, (list, deque)) else value.update(saved)
+        return changed
+
+
+def _same_items(one: Any, other: Any) -> bool:
+    if isinstance(one, set):
+        return one == other
+    if isinstance(one, dict):
+        one, other = [*one.keys(), *one.values()], [*other.keys(), *other.values()]
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

@@ -1,0 +1,166 @@
+"""What may be assumed of the nodes of a traced graph: who reads them, what they may share, what changes them."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fusedres.fusion.tracing import IN_PLACE_OPERATORS
+from fusedres.nn import BatchNormAct2d
+
+_OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
+_FRESH_FUNCTIONS = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu}
+_FRESH_METHODS = {"clone", "add", "sub", "mul", "div", "relu"}
+_FRESH_MODULES = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, BatchNormAct2d, nn.MaxPool2d,
+    nn.AvgPool2d,
+)  # fmt: skip
+_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "exponential")
+_METADATA_METHODS = {"size", "dim", "numel", "ndimension"}
+_METADATA = {"shape", "ndim", "device"}
+print_function = builtins.print
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook would see the module called, or not called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_standard(module: object, *classes: type) -> bool:
+    """Of exactly one of ``classes``, running that class's forward, with nobody watching."""
+    return (
+        isinstance(module, nn.Module)
+        and type(module) in classes
+        and "forward" not in vars(module)
+        and module._compiled_call_impl is None
+        and not is_hooked(module)
+    )
+
+
+class Values:
+    """Answers about the nodes of ``graph``, which calls children of ``block``. The graph may change in between."""
+
+    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.modules = dict(block.named_modules(remove_duplicate=False))
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The child that ``node`` calls, if it does."""
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that compute with ``node``: more than its shape, and for more than a print."""
+        return [user for user in node.users if not self.reads_metadata(user) and not self.only_prints(user)]
+
+    def reads_metadata(self, node: fx.Node) -> bool:
+        """Whether ``node`` asks for a shape or a device, which a stand-in of the same shape can answer."""
+        if node.op == "call_method":
+            return node.target in _METADATA_METHODS
+        return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA
+
+    def only_prints(self, node: fx.Node) -> bool:
+        """Whether ``node`` prints, or nothing but prints (or nothing at all) comes of it."""
+        if node.op == "call_function" and node.target is print_function:
+            return True
+        return self.is_pure(node) and all(self.only_prints(user) for user in node.users)
+
+    def is_pure(self, node: fx.Node) -> bool:
+        """Whether leaving ``node`` out changes nothing but its own value; no module is taken to be."""
+        if node.op not in ("call_function", "call_method") or self.mutates(node):
+            return False
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.target is print_function or any(word in name for word in _RANDOM):
+            return False
+        return node.op == "call_function" or name not in ("backward", "register_hook", "retain_grad")
+
+    def mutates(self, node: fx.Node) -> bool:
+        """Whether ``node`` may change one of its inputs in place."""
+        if node.op == "call_module":
+            return not _keeps_inputs(self.module(node))
+        if node.op == "call_method":
+            name = str(node.target)
+            return name.endswith("_") or name.startswith("__i")
+        if node.op != "call_function" or node.target in (print_function, getattr):
+            return False
+        function: Any = node.target
+        if function in IN_PLACE_OPERATORS.values() or "out" in node.kwargs or node.kwargs.get("inplace", False):
+            return True
+        known = function in (torch.relu, F.relu) or _namespace(function) in ("_operator", "torch")
+        return not known or function.__name__.endswith("_") or function is operator.setitem or _has_inplace(node)
+
+    def is_fresh(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a new tensor that only its readers can reach."""
+        if node.op == "call_module":
+            module = self.module(node)
+            if isinstance(module, nn.Sequential) and is_standard(module, nn.Sequential) and len(module):
+                module = module[-1]
+            return is_standard(module, *_FRESH_MODULES) or (
+                is_standard(module, nn.ReLU) and not getattr(module, "inplace", True)
+            )
+        if node.op == "call_method":
+            return node.target in _FRESH_METHODS
+        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
+
+    def may_change_between(self, value: fx.Node, start: fx.Node, end: fx.Node) -> bool:
+        """Whether a node strictly between ``start`` and ``end`` may change ``value`` in place."""
+        storage = self._storage(value)
+        return any(
+            self.mutates(node) and any(storage & self._storage(read) for read in node.all_input_nodes)
+            for node in between(start, end)
+        )
+
+    def _storage(self, node: fx.Node) -> set[object]:
+        """Names of the memory that ``node`` may share; disjoint sets do not overlap."""
+        seen: set[fx.Node] = set()
+        storage: set[object] = set()
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            storage.add(_OUTSIDE if node.op in ("placeholder", "get_attr") else node)
+            if not self.is_fresh(node):
+                pending += node.all_input_nodes
+        return storage
+
+
+def between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The nodes after ``start`` and before ``end``."""
+    nodes = []
+    node = start.next
+    while node is not end and node.op != "root":
+        nodes.append(node)
+        node = node.next
+    return nodes
+
+
+def _keeps_inputs(module: nn.Module | None) -> bool:
+    """Whether a child is known not to change its inputs: PyTorch's own do so only where they say ``inplace``."""
+    if module is None:
+        return False
+    return all(
+        (type(part).__module__.startswith("torch.nn.modules.") or type(part) is BatchNormAct2d)
+        and "forward" not in vars(part)
+        and not is_hooked(part)
+        and not getattr(part, "inplace", False)
+        for part in module.modules()
+    )
+
+
+def _namespace(function: Any) -> str:
+    """``torch`` for PyTorch's functions, ``_operator`` for Python's operators."""
+    name = getattr(function, "__module__", None) or "torch"
+    return "torch" if name.split(".")[0] == "torch" else name
+
+
+def _has_inplace(node: fx.Node) -> bool:
+    """A positional ``inplace=True`` looks like any other True."""
+    return any(arg is True for arg in node.args)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -30,34 +33,62 @@ BUDGET = {
     ("backward", False): 5.0, ("backward", True): 6 + 1 / 16,
     ("eval", False): 2.0, ("eval", True): 3.0,
 }  # fmt: skip
-COUNT = len(SHAPES) * len(LAYOUTS) * len(BUDGET)
+Case = tuple[tuple[int, ...], str, bool]
+# In this order two workers that take every other case have about the same work.
+CASES: list[Case] = [
+    (shape, LAYOUTS[column if residual else 1 - column], residual)
+    for shape in SHAPES
+    for residual in (True, False)
+    for column in range(len(LAYOUTS))
+]
+PHASES = ("forward", "backward", "eval")
 
 
 def run() -> Iterator[Row]:
-    """Measure every workload in a subprocess, yielding rows as they come.
+    """Measure every case in subprocesses, one a core, yielding rows as they come.
 
     Raises:
-        BenchmarkError: triton is missing, or the subprocess failed.
+        BenchmarkError: triton is missing, or a subprocess failed.
     """
+    workers = min(os.cpu_count() or 1, 4)
+    rows: queue.Queue[Row | BenchmarkError | None] = queue.Queue()
+    with ThreadPoolExecutor(workers) as pool:
+        for worker in range(workers):
+            pool.submit(_work, CASES[worker::workers], rows)
+        running = workers
+        while running:
+            row = rows.get()
+            if isinstance(row, BenchmarkError):
+                raise row
+            if row is None:
+                running -= 1
+            else:
+                yield row
+
+
+def _work(cases: list[Case], rows: queue.Queue[Row | BenchmarkError | None]) -> None:
+    """Run ``cases`` in one subprocess; its rows, or an error, and a final ``None`` go to the queue."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSEDRES_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.traffic_suite"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stdout:
-            yield Row(**json.loads(line))
-        complaint = process.stderr.read().strip().splitlines()
-    if process.returncode:
-        raise BenchmarkError(f"counting traffic failed: {complaint[-1] if complaint else process.returncode}")
+    command = [sys.executable, "-m", "benchmarks.traffic_suite", json.dumps(cases)]
+    with (
+        tempfile.TemporaryFile("w+") as stderr,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) as child,
+    ):
+        assert child.stdout is not None
+        for line in child.stdout:
+            rows.put(Row(**json.loads(line)))
+        if child.wait():
+            stderr.seek(0)
+            complaint = stderr.read().strip().splitlines()
+            rows.put(BenchmarkError(f"counting traffic failed: {complaint[-1] if complaint else child.returncode}"))
+    rows.put(None)
 
 
 def measure(shape: tuple[int, ...], layout: str, residual: bool) -> Iterator[tuple[str, TrafficMeter, bool]]:
     """Yields the phase, its traffic and whether its results were right."""
     tensors = _inputs(shape, layout, residual)
     x, r, cotangent = tensors["x"], tensors["residual"], tensors["cotangent"]
-    meters = {phase: TrafficMeter(x) for phase in ("forward", "backward", "eval")}
+    meters = {phase: TrafficMeter(x) for phase in PHASES}
     with meters["forward"]:
         y = _batch_norm_act(tensors, training=True)
     with meters["backward"]:
@@ -180,13 +211,13 @@ def _row(shape: tuple[int, ...], layout: str, residual: bool, phase: str, meter:
     )  # fmt: skip
 
 
-def main() -> None:
-    for shape in SHAPES:
-        for layout in LAYOUTS:
-            for residual in (False, True):
-                for phase, meter, right in measure(shape, layout, residual):
-                    print(json.dumps(vars(_row(shape, layout, residual, phase, meter, right))), flush=True)
+def main(cases: list[Case]) -> None:
+    torch.set_num_threads(1)
+    for shape, layout, residual in cases:
+        for phase, meter, right in measure(tuple(shape), layout, residual):
+            row = _row(tuple(shape), layout, residual, phase, meter, right)
+            print(json.dumps(vars(row)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))

@@ -70,6 +70,8 @@ class _Rewriter:
         # The last of two BatchNorms that are added takes the addition: its other operand exists by then.
         calls = [self._rewrite_call(norm) for norm in reversed(norms)]
         self.result.calls[:0] = reversed(calls)
+        if self.result.norms:
+            self.values.without_needless_clones()
         return self.result
 
     def _rewrite_call(self, norm: fx.Node) -> Call:
@@ -114,15 +116,13 @@ class _Rewriter:
         tail = self._chain(add)
         act = tail.reader if tail.reader is not None and self._is_act(tail.reader, tail.last) else None
         self._drop_prints(norm, [*chain.nodes, *(tail.nodes if act else ())])
-        source = self._without_clone(residual, add)
         with self.graph.inserting_before(add):
             module = self.graph.get_attr(name)
-            arguments = (module, input, source, "relu" if act else None, changes)
+            arguments = (module, input, residual, "relu" if act else None, changes)
             fused = self.graph.call_function(norm_add, arguments)
         self._note(norm, act)
         self._replace([*tail.nodes, act] if act else [add], fused)
         self._replace(chain.nodes, input)
-        self._erase_dead([residual])
         return Call(name, "bn_add_act" if act else "bn_add")
 
     def _note(self, norm: fx.Node, act: fx.Node | None) -> None:
@@ -167,20 +167,6 @@ class _Rewriter:
             if other is not None and any(part is module for part in other.modules()):
                 return False
         return not self.values.may_change_between(input, norm, until)
-
-    def _without_clone(self, residual: fx.Node, add: fx.Node) -> fx.Node:
-        """The source of a clone that only the addition reads, unless it changes in between."""
-        source = residual.args[0] if residual.args else None
-        if (
-            residual.op == "call_method"
-            and residual.target == "clone"
-            and isinstance(source, fx.Node)
-            and not residual.kwargs
-            and list(residual.users) == [add]
-            and not self.values.may_change_between(source, residual, add)
-        ):
-            return source
-        return residual
 
     def _name_in_place_results(self, norm: fx.Node) -> None:
         """Let ``y.add_(x)`` and the like, where ``y`` is read again, be read under the result's name."""

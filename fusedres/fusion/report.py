@@ -54,10 +54,12 @@ def explain(model: nn.Module) -> Explanation:
             module = children[call.module]
             seen.add(module)
             rows.append(_row(names.get(module, call.module), call, module, fused))
-    reasons = {plan.block: plan.reason for plan in plans if plan.reason}
+    reasons = {plan.name: plan.reason for plan in plans}
     for norm, name in names.items():
         if isinstance(norm, _BatchNorm) and norm not in seen:
-            rows.append(_row(name, Call(name, "bn", _owner_reason(name, names, reasons)), norm, fused))
+            reason = _owner_reason(name, reasons)
+            if reason is not None:
+                rows.append(_row(name, Call(name, "bn", reason), norm, fused))
     return Explanation(rows)
 
 
@@ -100,11 +102,11 @@ def _device_and_dtype(norm: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.empty(0).device, torch.get_default_dtype()
 
 
-def _owner_reason(name: str, names: dict[nn.Module, str], reasons: dict[nn.Module, str]) -> str:
-    """Why the nearest block around ``name`` has no graph."""
-    by_name = {names[block]: reason for block, reason in reasons.items() if block in names}
-    while name:
-        name = name.rpartition(".")[0]
-        if name in by_name:
-            return f"{name or 'the model'}: {by_name[name]}"
-    return "no traced forward calls it"
+def _owner_reason(name: str, reasons: dict[str, str]) -> str | None:
+    """Why no graph shows a call of ``name``; ``None`` where graphs of all around it show that there is none."""
+    owners = ["", *(name[:end] for end, letter in enumerate(name) if letter == ".")]
+    owners = [owner for owner in owners if owner in reasons and owner != name]
+    for owner in reversed(owners):
+        if reasons[owner]:
+            return f"{owner or 'the model'}: {reasons[owner]}"
+    return None if owners else "no forward around it"

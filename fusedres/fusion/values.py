@@ -7,14 +7,16 @@ import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
+from fusedres.fusion.runtime import norm_add
 from fusedres.fusion.tracing import IN_PLACE_OPERATORS
 from fusedres.nn import BatchNormAct2d
 
 _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
-_FRESH_FUNCTIONS = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu}
+_FRESH_FUNCTIONS = {
+    norm_add, operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu
+}  # fmt: skip
 _FRESH_METHODS = {"clone", "add", "sub", "mul", "div", "relu"}
 _FRESH_MODULES = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, BatchNormAct2d, nn.MaxPool2d,
@@ -92,7 +94,7 @@ class Values:
         function: Any = node.target
         if function in IN_PLACE_OPERATORS.values() or "out" in node.kwargs or node.kwargs.get("inplace", False):
             return True
-        known = function in (torch.relu, F.relu) or _namespace(function) in ("_operator", "torch")
+        known = function in (norm_add, torch.relu) or _namespace(function) in ("_operator", "torch")
         return not known or function.__name__.endswith("_") or function is operator.setitem or _has_inplace(node)
 
     def is_fresh(self, node: fx.Node) -> bool:
@@ -115,6 +117,23 @@ class Values:
             self.mutates(node) and any(storage & self._storage(read) for read in node.all_input_nodes)
             for node in between(start, end)
         )
+
+    def without_needless_clones(self) -> None:
+        """Let the readers of a clone read its source where neither they nor anyone before them could tell."""
+        for node in list(self.graph.nodes):
+            if node.op != "call_method" or node.target != "clone" or len(node.args) != 1 or node.kwargs:
+                continue
+            source = node.all_input_nodes[0]
+            apart = all(self._leaves_alone(user) for user in node.users)
+            if apart and not self.may_change_between(source, node, max([node, *node.users])):
+                node.replace_all_uses_with(source)
+                self.graph.erase_node(node)
+
+    def _leaves_alone(self, node: fx.Node) -> bool:
+        """Whether ``node`` neither changes its inputs nor passes them on."""
+        if self.reads_metadata(node) or self.only_prints(node):
+            return True
+        return self.is_fresh(node) and not self.mutates(node)
 
     def _storage(self, node: fx.Node) -> set[object]:
         """Names of the memory that ``node`` may share; disjoint sets do not overlap."""

@@ -1,0 +1,562 @@
+from __future__ import annotations
+
+import collections
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fusedres
+from fusedres import models
+
+TOLERANCE = {"rtol": 1e-8, "atol": 1e-8}
+RESNET50 = {"bn_act": 33, "bn_add_act": 16, "bn": 4}
+RESNET18 = {"bn_act": 9, "bn_add_act": 8, "bn": 3}
+RESNET34 = {"bn_act": 17, "bn_add_act": 16, "bn": 3}
+
+
+def torchvision_model(name: str) -> Callable[[], nn.Module]:
+    return lambda: getattr(zoo.torchvision_models(), name)(num_classes=5)
+
+
+def user_built() -> nn.Module:
+    net = zoo.torchvision_models().ResNet
+    return net(fusedres.nn.BasicBlock, [1, 1, 1, 1], num_classes=5)
+
+
+ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
+    "resnet18": (lambda: models.resnet18(num_classes=5, width=8), (2, 3, 40, 40), RESNET18),
+    "resnet34": (lambda: models.resnet34(num_classes=5, width=8), (2, 3, 40, 40), RESNET34),
+    "resnet50": (lambda: models.resnet50(num_classes=5, width=8), (2, 3, 40, 40), RESNET50),
+    "torchvision-resnet34": (torchvision_model("resnet34"), (2, 3, 40, 40), RESNET34),
+    "torchvision-resnet50": (torchvision_model("resnet50"), (2, 3, 40, 40), RESNET50),
+    "hand-resnet34": (lambda: zoo.hand_resnet34(zoo.ResBlock), (2, 3, 40, 40), RESNET34),
+    "hand-resnet34-shared-bn": (lambda: zoo.hand_resnet34(zoo.HandBlock), (2, 3, 40, 40), RESNET34),
+    "hand-resnet50": (zoo.hand_resnet50, (2, 3, 40, 40), RESNET50),
+    "projection": (lambda: zoo.ProjectionBlock(8, 16), (2, 8, 6, 6), {"bn_act": 1, "bn_add_act": 1, "bn": 1}),
+    "sequential": (zoo.SequentialNet, (2, 3, 6, 6), {"bn_act": 1, "bn": 3}),
+    "user-built": (user_built, (2, 3, 40, 40), {"bn_act": 5, "bn_add_act": 4, "bn": 3}),
+}  # fmt: skip
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    return dict(collections.Counter(row["pattern"] for row in fusedres.explain(model).rows))
+
+
+def plain_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+
+
+def step(model: nn.Module, x: torch.Tensor, cotangent_seed: int = 1) -> dict[str, torch.Tensor]:
+    """Output, gradients and buffers of one forward and backward; gradients are None in evaluation too."""
+    torch.manual_seed(cotangent_seed)
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    out = model(x)
+    out.backward(torch.randn_like(out))
+    assert x.grad is not None
+    values = {"output": out.detach(), "input": x.grad}
+    values |= {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return values | {f"buffer {name}": b.clone() for name, b in model.named_buffers()}
+
+
+def assert_same_steps(one: nn.Module, other: nn.Module, x: torch.Tensor) -> None:
+    """In training twice (running statistics) and in evaluation."""
+    for training in (True, True, False):
+        ours, its = step(one.train(training), x), step(other.train(training), x)
+        assert ours.keys() == its.keys()
+        for name, value in its.items():
+            torch.testing.assert_close(ours[name], value, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """float64, with BatchNorms that are not the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    return model.double()
+
+
+def small() -> nn.Module:
+    return randomise(models.ResNet(models.Bottleneck, [1, 2, 1, 1], 5, width=4, small_input=True))
+
+
+SMALL_INPUT = (2, 3, 8, 8)
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape or SMALL_INPUT, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_patterns_are_found_and_results_are_eagers(name):
+    build, shape, expected = ZOO[name]
+    model = randomise(build())
+    reference = copy.deepcopy(model)
+    assert counts(model) == expected
+    assert fusedres.fuse(model) is model
+    assert counts(model) == expected
+    assert not plain_norms(model)
+    assert_same_steps(model, reference, images(*shape))
+
+
+def test_input_of_the_specified_block_size():
+    block = zoo.ProjectionBlock().double()
+    reference = copy.deepcopy(block)
+    assert_same_steps(fusedres.fuse(block), reference, images(4, 64, 14, 14))
+
+
+def test_twice_is_once_and_unfuse_restores():
+    model = small()
+    classes = [type(module) for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    once = [type(module) for module in fusedres.fuse(model).modules()]
+    assert once != classes
+    assert [type(module) for module in fusedres.fuse(model).modules()] == once
+    assert fusedres.unfuse(model) is model
+    assert [type(module) for module in model.modules()] == classes
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert [type(module) for module in fusedres.unfuse(model).modules()] == classes
+
+
+def test_unfuse_keeps_what_the_user_built():
+    model = user_built()
+    fusedres.unfuse(fusedres.fuse(model))
+    block = model.get_submodule("layer1.0")
+    assert type(block.bn1) is fusedres.nn.BatchNormAct2d
+    assert block.bn1.act == "relu"
+    assert type(model.bn1) is nn.BatchNorm2d
+
+
+def test_blocks_keep_their_class_and_share_one():
+    model = fusedres.fuse(models.resnet50(width=4))
+    blocks = [module for module in model.modules() if isinstance(module, models.Bottleneck)]
+    assert len(blocks) == 16
+    assert {type(block).__name__ for block in blocks} == {"Bottleneck"}
+    assert len({type(block) for block in blocks}) == 2  # with and without a projection
+
+
+def test_state_dict_and_parameters_are_the_same():
+    model = small()
+    state = copy.deepcopy(model.state_dict())
+    parameters = list(model.parameters())
+    fusedres.fuse(model)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert list(model.state_dict()) == list(state)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+    small().load_state_dict(model.state_dict())
+    model.load_state_dict(small().state_dict())
+    model.load_state_dict(small().state_dict(), assign=True)
+    assert counts(model)["bn_add_act"] == 5
+
+
+def test_an_optimizer_made_before_still_trains():
+    model, x = small(), images()
+    reference = copy.deepcopy(model)
+    losses = []
+    for candidate, convert in ((model, True), (reference, False)):
+        optimizer = torch.optim.SGD(candidate.parameters(), lr=0.05, momentum=0.9)
+        if convert:
+            fusedres.fuse(candidate)
+        history = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(candidate(x), torch.tensor([1, 3]))
+            loss.backward()
+            optimizer.step()
+            history.append(loss.detach())
+        losses.append(torch.stack(history))
+    torch.testing.assert_close(*losses, **TOLERANCE)
+
+
+def _save_and_load(model: nn.Module, tmp_path) -> nn.Module:
+    torch.save(model, tmp_path / "model.pt")
+    return torch.load(tmp_path / "model.pt", weights_only=False)
+
+
+COPIES = {
+    "deepcopy": lambda model, _: copy.deepcopy(model),
+    "pickle": lambda model, _: pickle.loads(pickle.dumps(model)),
+    "pickle-2": lambda model, _: pickle.loads(pickle.dumps(model, protocol=2)),
+    "torch.save": _save_and_load,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_are_fused_and_independent(how, tmp_path):
+    model, x = fusedres.fuse(small()), images()
+    duplicate = COPIES[how](model, tmp_path)
+    assert [type(module) for module in duplicate.modules()] == [type(module) for module in model.modules()]
+    assert counts(duplicate) == counts(model)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in duplicate.parameters()}
+    assert_same_steps(duplicate, model, x)
+    assert not any(isinstance(m, fusedres.nn.BatchNormAct2d) for m in fusedres.unfuse(duplicate).modules())
+
+
+def test_shallow_copy_of_a_block():
+    block = fusedres.fuse(small()).get_submodule("layer1.0")
+    assert type(copy.copy(block)) is type(block)
+
+
+def test_filter_fn():
+    model = small()
+    seen = []
+
+    def keep(module: nn.Module, name: str) -> bool:
+        seen.append((module, name))
+        return not name.startswith("layer2") and name != "layer1.0.bn1"
+
+    reference = copy.deepcopy(model)
+    fusedres.fuse(model, keep)
+    assert {name for _, name in seen} == {name for name, _ in model.named_modules()}
+    assert all(model.get_submodule(name) is module for module, name in seen)
+    assert {name for name, m in model.named_modules() if type(m) is nn.BatchNorm2d} == {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.BatchNorm2d) and (name.startswith("layer2") or name == "layer1.0.bn1")
+    }
+    rows = {row["module"]: row for row in fusedres.explain(model).rows}
+    assert rows["layer2.0.bn3"]["pattern"] == "bn"
+    assert rows["layer2.0.bn3"]["path"] == rows["layer1.0.bn1"]["path"] == "eager"
+    assert rows["layer1.0.bn2"]["pattern"] == "bn_act"
+    assert_same_steps(model, reference, images())
+
+
+def test_a_filtered_block_still_gets_its_batch_norms():
+    model = fusedres.fuse(small(), lambda module, name: not isinstance(module, models.Bottleneck))
+    assert not plain_norms(model)
+    assert counts(model) == {"bn_act": 1, "bn": 19}
+
+
+def test_a_child_fused_before_its_parent():
+    model, reference = small(), None
+    reference = copy.deepcopy(model)
+    fusedres.fuse(model.get_submodule("layer1"))
+    fusedres.fuse(model)
+    assert counts(model) == counts(reference)
+    assert_same_steps(model, reference, images())
+
+
+@pytest.mark.parametrize("name", ["layer1.0.relu", "layer1.0.bn3", "layer1.0.bn1", "layer1.0.conv1", "layer1.0"])
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_see_what_they_saw(name, before):
+    model, x = small(), images()
+    reference = copy.deepcopy(model)
+    logs = []
+    for candidate, convert in ((model, True), (reference, False)):
+        log: list[torch.Tensor] = []
+        if convert and not before:
+            fusedres.fuse(candidate)
+        candidate.get_submodule(name).register_forward_hook(
+            lambda module, args, out, log=log: log.extend((args[0].detach().clone(), out.detach().clone()))
+        )
+        candidate.get_submodule(name).register_full_backward_hook(
+            lambda module, grad_in, grad_out, log=log: log.append(grad_out[0].clone())
+        ) if "relu" not in name else None
+        if convert and before:
+            fusedres.fuse(candidate)
+        logs.append(log)
+    # The shared ReLU works in place, so backward hooks on its neighbours need an out-of-place one.
+    for candidate in (model, reference):
+        for module in candidate.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+    assert_same_steps(model, reference, x)
+    assert len(logs[0]) == len(logs[1]) > 0
+    for ours, its in zip(*logs, strict=True):
+        torch.testing.assert_close(ours, its, **TOLERANCE)
+
+
+def test_hooked_modules_are_reported():
+    model = small()
+    block = model.get_submodule("layer1.0")
+    handle = block.bn3.register_forward_hook(lambda *_: None)
+    rows = {row["module"]: row for row in fusedres.explain(fusedres.fuse(model)).rows}
+    assert rows["layer1.0.bn3"]["pattern"] == "bn"
+    assert "hooks" in rows["layer1.0.bn3"]["reason"]
+    handle.remove()
+    assert counts(fusedres.fuse(model))["bn_add_act"] == 5
+    handle = block.bn1.register_forward_pre_hook(lambda *_: None)
+    assert counts(model)["bn_add_act"] == 4  # the block runs its original forward
+    handle.remove()
+    assert counts(model)["bn_add_act"] == 5
+
+
+def test_global_hooks_see_every_module():
+    model = small().eval()
+    calls: list[list[str]] = []
+    for _ in range(2):
+        seen: list[str] = []
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, out, seen=seen: seen.append(type(module).__name__.replace("Act", ""))
+        )
+        model(images())
+        handle.remove()
+        calls.append(seen)
+        fusedres.fuse(model)
+    assert calls[0] == calls[1]
+
+
+def test_frozen_statistics_and_frozen_weights():
+    model, x = small(), images()
+    model.get_submodule("layer1").eval()
+    model.get_submodule("layer2").requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    reference = copy.deepcopy(model)
+    fusedres.fuse(model)
+    assert [module.training for module in model.modules()] == modes
+    ours, its = step(model, x), step(reference, x)
+    assert ours.keys() == its.keys()
+    for key in its:
+        torch.testing.assert_close(ours[key], its[key], **TOLERANCE)
+    assert not model.get_submodule("layer2.0.bn1").weight.requires_grad
+
+
+def test_convert_sync_batchnorm_keeps_every_relu():
+    model, x = small(), images()
+    reference = copy.deepcopy(model).eval()
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(fusedres.fuse(model)).eval()
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 20
+    torch.testing.assert_close(converted(x), reference(x), **TOLERANCE)
+    assert set(counts(converted)) == {"bn"}
+    assert {row["path"] for row in fusedres.explain(converted).rows} == {"eager"}
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "relu by setattr": lambda block: setattr(block, "relu", nn.GELU()),
+    "relu by add_module": lambda block: block.add_module("relu", nn.Tanh()),
+    "relu in _modules": lambda block: block._modules.update(relu=nn.GELU()),
+    "norm": lambda block: setattr(block, "bn3", nn.Identity()),
+    "norm of its kind": lambda block: setattr(block, "bn3", nn.BatchNorm2d(16).double()),
+    "no projection": lambda block: setattr(block, "downsample", None),
+    "projection": lambda block: setattr(block, "downsample", nn.Conv2d(16, 16, 1).double()),
+    "convolution": lambda block: setattr(block, "conv2", nn.Conv2d(4, 4, 3, padding=1).double()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_block_changed_after_fuse_does_what_it_then_says(change):
+    # Both have as many channels out as in, so that the block works without its projection too.
+    projection = nn.Conv2d(16, 16, 1) if change == "no projection" else None
+    block = randomise(models.Bottleneck(16, 4, downsample=projection))
+    reference = copy.deepcopy(block)
+    fusedres.fuse(block)
+    assert counts(block) == {"bn_act": 2, "bn_add_act": 1}
+    for candidate in (block, reference):
+        torch.manual_seed(3)
+        CHANGES[change](candidate)
+    assert_same_steps(block, reference, images(2, 16, 4, 4))
+    assert ("bn_add_act" in counts(block)) == (change == "convolution")
+
+
+def test_replacing_the_classifier_keeps_the_stem_fused():
+    model = fusedres.fuse(small())
+    model.fc = nn.Linear(model.fc.in_features, 3).double()
+    assert counts(model)["bn_act"] == 11
+    assert model(images()).shape == (2, 3)
+
+
+SEQUENCE_CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
+    "insert": lambda s: s.insert(2, nn.Tanh()),
+    "append": lambda s: s.append(nn.Tanh()),
+    "delete": lambda s: s.__delitem__(2),
+    "set": lambda s: s.__setitem__(2, nn.Tanh()),
+    "extend": lambda s: s.extend([nn.Tanh(), nn.Tanh()]),
+}
+
+
+@pytest.mark.parametrize("change", SEQUENCE_CHANGES)
+def test_a_sequential_changed_after_fuse(change):
+    block = nn.Sequential(zoo.conv(3, 4), nn.BatchNorm2d(4), nn.ReLU()).double()
+    reference = copy.deepcopy(block)
+    fusedres.fuse(block)
+    assert counts(block) == {"bn_act": 1}
+    for candidate in (block, reference):
+        SEQUENCE_CHANGES[change](candidate)
+    assert_same_steps(block, reference, images(2, 3, 5, 5))
+
+
+def test_slices_of_a_fused_sequential():
+    block = fusedres.fuse(nn.Sequential(zoo.conv(3, 4), nn.BatchNorm2d(4), nn.ReLU()).double())
+    x = images(2, 3, 5, 5)
+    torch.testing.assert_close(block[:2](x), nn.Sequential(block[0], block[1])(x))
+    assert (block[:2](x) < 0).any()
+
+
+class Flagged(nn.Module):
+    """Configuration that a trace bakes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = zoo.conv(4, 4), nn.BatchNorm2d(4)
+        self.skip, self.scale, self._shift = True, 1.0, 0.0
+
+    def forward(self, x, extra=None, *, gain=1.0):
+        out = self.bn(self.conv(x))
+        if self.skip:
+            out = out + x
+        out = torch.relu(out) * self.scale * gain + self._shift
+        return out if extra is None else out + extra
+
+
+@pytest.mark.parametrize("change", [{"skip": False}, {"scale": 2.0}, {"_shift": 1.0}])
+def test_an_attribute_set_after_fuse_is_honoured(change):
+    block = Flagged().double()
+    reference, x = copy.deepcopy(block), images(2, 4, 5, 5)
+    fusedres.fuse(block)
+    assert counts(block) == {"bn_add_act": 1}
+    for name, value in change.items():
+        setattr(block, name, value)
+        setattr(reference, name, value)
+    assert_same_steps(copy.deepcopy(block), copy.deepcopy(reference), x)
+    fusedres.fuse(block)
+    assert counts(block) == ({"bn_act": 1} if change == {"skip": False} else {"bn_add_act": 1})
+    assert_same_steps(block, reference, x)
+
+
+def test_optional_arguments_take_the_original_forward():
+    block = Flagged().double().eval()
+    reference, x = copy.deepcopy(block), images(2, 4, 5, 5)
+    fusedres.fuse(block)
+    assert "_training" in type(block)._fusedres_code.source
+    for args, kwargs in (((), {}), ((x,), {}), ((None,), {}), ((), {"extra": x}), ((), {"gain": 3.0})):
+        torch.testing.assert_close(block(x, *args, **kwargs), reference(x, *args, **kwargs), **TOLERANCE)
+    torch.testing.assert_close(block(x=x), reference(x), **TOLERANCE)
+
+
+def test_a_block_used_twice_in_the_tree():
+    block = zoo.ResBlock(4, 4)
+    model = randomise(nn.Sequential(block, nn.Identity(), block))
+    reference = copy.deepcopy(model)
+    assert_same_steps(fusedres.fuse(model), reference, images(2, 4, 5, 5))
+    assert counts(model) == {"bn_act": 1, "bn_add_act": 1}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.conv, self.bn = zoo.conv(3, 4), nn.BatchNorm2d(4)
+        self.block = zoo.ResBlock(4, 4)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x)))
+        return checkpoint(self.block, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    model = randomise(Checkpointed(reentrant))
+    reference = copy.deepcopy(model)
+    fusedres.fuse(model)
+    assert counts(model) == {"bn": 1, "bn_act": 1, "bn_add_act": 1}
+    calls = []
+    model.block.conv1.register_forward_hook(lambda *_: calls.append(1))
+    assert_same_steps(model, reference, images(2, 3, 5, 5))
+    assert len(calls) == 6  # each of three forwards, once more in its backward
+
+
+def test_checkpointing_inside_a_fused_parent_of_fused_blocks():
+    model, x = small(), images()
+    reference = copy.deepcopy(model)
+    fusedres.fuse(model)
+    run = nn.Module.__call__
+    for candidate in (model, reference):
+        layer = candidate.get_submodule("layer2")
+        layer.forward = lambda value, layer=layer: checkpoint(
+            lambda v: run(layer[1], run(layer[0], v)), value, use_reentrant=False
+        )
+    assert_same_steps(model, reference, x)
+
+
+def test_functional_call_and_grad_transforms():
+    model, x = small().eval(), images()
+    reference = copy.deepcopy(model)
+    fusedres.fuse(model)
+    parameters = {name: p.detach() * 1.1 for name, p in model.named_parameters()}
+
+    def loss(candidate, values):
+        return torch.func.functional_call(candidate, values, (x,)).square().sum()
+
+    ours = torch.func.grad(lambda values: loss(model, values))(parameters)
+    its = torch.func.grad(lambda values: loss(reference, values))(parameters)
+    for name in its:
+        torch.testing.assert_close(ours[name], its[name], **TOLERANCE)
+
+
+def test_broadcasting_and_promoting_additions_are_eagers():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x, y):
+            return torch.relu(self.bn(x) + y)
+
+    block = randomise(Block())
+    reference, x = copy.deepcopy(block), images(2, 4, 5, 5)
+    fusedres.fuse(block)
+    assert counts(block) == {"bn_add_act": 1}
+    assert isinstance(block, Block)
+    integers = torch.ones(2, 4, 5, 5, dtype=torch.int64)
+    for y in (images(2, 4, 5, 5), images(4, 1, 1), images(3, 1, 1, 5, 5), integers, 1.5):
+        torch.testing.assert_close(block(x, y), reference(x, y), **TOLERANCE)
+    mixed = block(x, images(2, 4, 5, 5).float())
+    assert mixed.dtype == torch.float64
+
+
+def test_in_place_addition_keeps_its_operands_dtype():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x, y):
+            out = self.bn(x)
+            out += y
+            return torch.relu(out)
+
+    block = Block().eval()
+    reference = copy.deepcopy(block)
+    x, y = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    out = fusedres.fuse(block)(x, y)
+    assert out.dtype == reference(x, y).dtype == torch.float32
+    torch.testing.assert_close(out, reference(x, y))
+    with pytest.raises(RuntimeError):
+        block(x, torch.randn(3, 2, 4, 3, 3))
+
+
+def test_a_lone_batch_norm_and_models_without_one():
+    norm = nn.BatchNorm2d(3)
+    assert fusedres.fuse(norm) is norm
+    assert isinstance(norm, fusedres.nn.BatchNormAct2d)
+    assert counts(norm) == {"bn": 1}
+    linear = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    fusedres.fuse(linear)
+    assert type(linear) is nn.Sequential
+    assert fusedres.explain(linear).rows == []
+
+
+def test_random_state_and_modules_are_untouched_by_fuse():
+    model = small()
+    state, buffers = torch.get_rng_state(), {k: v.clone() for k, v in model.named_buffers()}
+    fusedres.explain(model)
+    fusedres.fuse(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    for key, value in model.named_buffers():
+        assert torch.equal(value, buffers[key])

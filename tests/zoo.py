@@ -1,0 +1,212 @@
+"""Models as people write them, at sizes that run on a CPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_declared: list[torch.library.Library] = []
+
+
+@functools.cache
+def torchvision_models() -> ModuleType:
+    """torchvision.models, whose Python part needs no more than the names of its C++ operators."""
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    try:
+        return importlib.import_module("torchvision.models")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+        return importlib.import_module("torchvision.models")
+
+
+def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+
+
+class HandBottleneck(nn.Module):
+    """One shared ReLU, a cloned identity, ``i_downsample``."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, i_downsample: nn.Module | None = None, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1)
+        self.batch_norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1)
+        self.batch_norm2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * 4, 1)
+        self.batch_norm3 = nn.BatchNorm2d(width * 4)
+        self.i_downsample = i_downsample
+        self.stride = stride
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        identity = x.clone()
+        x = self.relu(self.batch_norm1(self.conv1(x)))
+        x = self.relu(self.batch_norm2(self.conv2(x)))
+        x = self.conv3(x)
+        x = self.batch_norm3(x)
+        if self.i_downsample is not None:
+            identity = self.i_downsample(identity)
+        x += identity
+        return self.relu(x)
+
+
+class HandBlock(nn.Module):
+    """Both convolutions go through the same ``batch_norm2``; shapes are printed."""
+
+    expansion = 1
+    loud = True
+
+    def __init__(self, inputs: int, width: int, i_downsample: nn.Module | None = None, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.batch_norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.batch_norm2 = nn.BatchNorm2d(width)
+        self.i_downsample = i_downsample
+        self.stride = stride
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        identity = x.clone()
+        x = self.relu(self.batch_norm2(self.conv1(x)))
+        x = self.batch_norm2(self.conv2(x))
+        if self.i_downsample is not None:
+            identity = self.i_downsample(identity)
+        if self.loud:
+            print(x.shape)
+            print(identity.shape)
+        x += identity
+        return self.relu(x)
+
+
+class ResBlock(nn.Module):
+    """A basic block with functional ReLU and an out-of-place addition, identity first."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, i_downsample: nn.Module | None = None, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = conv(inputs, width, 3, stride)
+        self.batch_norm1 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width)
+        self.batch_norm2 = nn.BatchNorm2d(width)
+        self.i_downsample = i_downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.batch_norm1(self.conv1(x)), inplace=True)
+        out = self.batch_norm2(self.conv2(out))
+        identity = x if self.i_downsample is None else self.i_downsample(x)
+        return F.relu(identity + out)
+
+
+class HandResNet(nn.Module):
+    """Stages built in a loop, a stem with its own names."""
+
+    def __init__(self, block: type[nn.Module], layers: list[int], classes: int = 10, width: int = 8) -> None:
+        super().__init__()
+        self.in_channels = width
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.batch_norm1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        self.max_pool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = self._make_layer(block, layers[0], width)
+        self.layer2 = self._make_layer(block, layers[1], width * 2, stride=2)
+        self.layer3 = self._make_layer(block, layers[2], width * 4, stride=2)
+        self.layer4 = self._make_layer(block, layers[3], width * 8, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(self.in_channels, classes)
+
+    def _make_layer(self, block, blocks: int, planes: int, stride: int = 1) -> nn.Sequential:
+        down = None
+        outputs = planes * block.expansion
+        if stride != 1 or self.in_channels != outputs:
+            down = nn.Sequential(nn.Conv2d(self.in_channels, outputs, 1, stride), nn.BatchNorm2d(outputs))
+        layers = [block(self.in_channels, planes, i_downsample=down, stride=stride)]
+        self.in_channels = outputs
+        layers += [block(outputs, planes) for _ in range(blocks - 1)]
+        return nn.Sequential(*layers)
+
+    def forward(self, x):
+        x = self.relu(self.batch_norm1(self.conv1(x)))
+        x = self.max_pool(x)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+        x = self.avgpool(x)
+        x = x.reshape(x.shape[0], -1)
+        return self.fc(x)
+
+
+class ProjectionBlock(nn.Module):
+    """A ``skip`` projection, ``out += identity``, prints, and a difference that is only printed."""
+
+    def __init__(self, inputs: int = 64, outputs: int = 128, stride: int = 2) -> None:
+        super().__init__()
+        self.conv1 = conv(inputs, outputs, 3, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = conv(outputs, outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.skip = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.skip = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = self.skip(x)
+        print(f"input {x.shape}, identity {identity.shape!s:>32}")
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        print("before the addition:", out.shape, "{braces}")
+        out += identity
+        out = F.relu(out)
+        difference = out - identity
+        print("residual part: %s" % difference.abs().mean().item())  # noqa: UP031
+        return out
+
+
+class SequentialNet(nn.Module):
+    """Sequential triples, a BatchNorm without ReLU, a ReLU without BatchNorm, dropout and squeeze-excite between."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.plain = nn.Sequential(conv(width, width), nn.ReLU(), conv(width, width), nn.BatchNorm2d(width))
+        self.drop = nn.Sequential(nn.BatchNorm2d(width), nn.Dropout(0.5), nn.ReLU())
+        self.excite = SqueezeExcite(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.excite(self.drop(self.plain(self.stem(x))))
+
+
+class SqueezeExcite(nn.Module):
+    """``relu(x + se(bn(conv(x))))``: nothing to fold between the BatchNorm and the addition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = conv(width, width)
+        self.bn = nn.BatchNorm2d(width)
+        self.se = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return torch.relu(x + y * self.se(y))
+
+
+def hand_resnet34(block: type[nn.Module] = ResBlock, **kwargs) -> HandResNet:
+    return HandResNet(block, [3, 4, 6, 3], **kwargs)
+
+
+def hand_resnet50(**kwargs) -> HandResNet:
+    return HandResNet(HandBottleneck, [3, 4, 6, 3], **kwargs)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import collections
 import copy
 import pickle
 from collections.abc import Callable
@@ -10,11 +9,11 @@ import torch
 import zoo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from zoo import TOLERANCE, assert_same_steps, counts, images, randomise, small, step
 
 import fusedres
 from fusedres import models
 
-TOLERANCE = {"rtol": 1e-8, "atol": 1e-8}
 RESNET50 = {"bn_act": 33, "bn_add_act": 16, "bn": 4}
 RESNET18 = {"bn_act": 9, "bn_add_act": 8, "bn": 3}
 RESNET34 = {"bn_act": 17, "bn_add_act": 16, "bn": 3}
@@ -44,62 +43,13 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] 
 }  # fmt: skip
 
 
-def counts(model: nn.Module) -> dict[str, int]:
-    return dict(collections.Counter(row["pattern"] for row in fusedres.explain(model).rows))
-
-
 def plain_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module) is nn.BatchNorm2d]
-
-
-def step(model: nn.Module, x: torch.Tensor, cotangent_seed: int = 1) -> dict[str, torch.Tensor]:
-    """Output, gradients and buffers of one forward and backward; gradients are None in evaluation too."""
-    torch.manual_seed(cotangent_seed)
-    x = x.clone().requires_grad_()
-    model.zero_grad()
-    out = model(x)
-    out.backward(torch.randn_like(out))
-    assert x.grad is not None
-    values = {"output": out.detach(), "input": x.grad}
-    values |= {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return values | {f"buffer {name}": b.clone() for name, b in model.named_buffers()}
-
-
-def assert_same_steps(one: nn.Module, other: nn.Module, x: torch.Tensor) -> None:
-    """In training twice (running statistics) and in evaluation."""
-    for training in (True, True, False):
-        ours, its = step(one.train(training), x), step(other.train(training), x)
-        assert ours.keys() == its.keys()
-        for name, value in its.items():
-            torch.testing.assert_close(ours[name], value, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """float64, with BatchNorms that are not the identity."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.3
-    return model.double()
-
-
-def small() -> nn.Module:
-    return randomise(models.ResNet(models.Bottleneck, [1, 2, 1, 1], 5, width=4, small_input=True))
-
-
-SMALL_INPUT = (2, 3, 8, 8)
-
-
-def images(*shape: int) -> torch.Tensor:
-    return torch.randn(shape or SMALL_INPUT, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -252,66 +202,6 @@ def test_a_child_fused_before_its_parent():
     assert_same_steps(model, reference, images())
 
 
-@pytest.mark.parametrize("name", ["layer1.0.relu", "layer1.0.bn3", "layer1.0.bn1", "layer1.0.conv1", "layer1.0"])
-@pytest.mark.parametrize("before", [True, False])
-def test_hooks_see_what_they_saw(name, before):
-    model, x = small(), images()
-    reference = copy.deepcopy(model)
-    logs = []
-    for candidate, convert in ((model, True), (reference, False)):
-        log: list[torch.Tensor] = []
-        if convert and not before:
-            fusedres.fuse(candidate)
-        candidate.get_submodule(name).register_forward_hook(
-            lambda module, args, out, log=log: log.extend((args[0].detach().clone(), out.detach().clone()))
-        )
-        candidate.get_submodule(name).register_full_backward_hook(
-            lambda module, grad_in, grad_out, log=log: log.append(grad_out[0].clone())
-        ) if "relu" not in name else None
-        if convert and before:
-            fusedres.fuse(candidate)
-        logs.append(log)
-    # The shared ReLU works in place, so backward hooks on its neighbours need an out-of-place one.
-    for candidate in (model, reference):
-        for module in candidate.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = False
-    assert_same_steps(model, reference, x)
-    assert len(logs[0]) == len(logs[1]) > 0
-    for ours, its in zip(*logs, strict=True):
-        torch.testing.assert_close(ours, its, **TOLERANCE)
-
-
-def test_hooked_modules_are_reported():
-    model = small()
-    block = model.get_submodule("layer1.0")
-    handle = block.bn3.register_forward_hook(lambda *_: None)
-    rows = {row["module"]: row for row in fusedres.explain(fusedres.fuse(model)).rows}
-    assert rows["layer1.0.bn3"]["pattern"] == "bn"
-    assert "hooks" in rows["layer1.0.bn3"]["reason"]
-    handle.remove()
-    assert counts(fusedres.fuse(model))["bn_add_act"] == 5
-    handle = block.bn1.register_forward_pre_hook(lambda *_: None)
-    assert counts(model)["bn_add_act"] == 4  # the block runs its original forward
-    handle.remove()
-    assert counts(model)["bn_add_act"] == 5
-
-
-def test_global_hooks_see_every_module():
-    model = small().eval()
-    calls: list[list[str]] = []
-    for _ in range(2):
-        seen: list[str] = []
-        handle = torch.nn.modules.module.register_module_forward_hook(
-            lambda module, args, out, seen=seen: seen.append(type(module).__name__.replace("Act", ""))
-        )
-        model(images())
-        handle.remove()
-        calls.append(seen)
-        fusedres.fuse(model)
-    assert calls[0] == calls[1]
-
-
 def test_frozen_statistics_and_frozen_weights():
     model, x = small(), images()
     model.get_submodule("layer1").eval()
@@ -325,118 +215,6 @@ def test_frozen_statistics_and_frozen_weights():
     for key in its:
         torch.testing.assert_close(ours[key], its[key], **TOLERANCE)
     assert not model.get_submodule("layer2.0.bn1").weight.requires_grad
-
-
-def test_convert_sync_batchnorm_keeps_every_relu():
-    model, x = small(), images()
-    reference = copy.deepcopy(model).eval()
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(fusedres.fuse(model)).eval()
-    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 20
-    torch.testing.assert_close(converted(x), reference(x), **TOLERANCE)
-    assert set(counts(converted)) == {"bn"}
-    assert {row["path"] for row in fusedres.explain(converted).rows} == {"eager"}
-
-
-CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    "relu by setattr": lambda block: setattr(block, "relu", nn.GELU()),
-    "relu by add_module": lambda block: block.add_module("relu", nn.Tanh()),
-    "relu in _modules": lambda block: block._modules.update(relu=nn.GELU()),
-    "norm": lambda block: setattr(block, "bn3", nn.Identity()),
-    "norm of its kind": lambda block: setattr(block, "bn3", nn.BatchNorm2d(16).double()),
-    "no projection": lambda block: setattr(block, "downsample", None),
-    "projection": lambda block: setattr(block, "downsample", nn.Conv2d(16, 16, 1).double()),
-    "convolution": lambda block: setattr(block, "conv2", nn.Conv2d(4, 4, 3, padding=1).double()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_block_changed_after_fuse_does_what_it_then_says(change):
-    # Both have as many channels out as in, so that the block works without its projection too.
-    projection = nn.Conv2d(16, 16, 1) if change == "no projection" else None
-    block = randomise(models.Bottleneck(16, 4, downsample=projection))
-    reference = copy.deepcopy(block)
-    fusedres.fuse(block)
-    assert counts(block) == {"bn_act": 2, "bn_add_act": 1}
-    for candidate in (block, reference):
-        torch.manual_seed(3)
-        CHANGES[change](candidate)
-    assert_same_steps(block, reference, images(2, 16, 4, 4))
-    assert ("bn_add_act" in counts(block)) == (change == "convolution")
-
-
-def test_replacing_the_classifier_keeps_the_stem_fused():
-    model = fusedres.fuse(small())
-    model.fc = nn.Linear(model.fc.in_features, 3).double()
-    assert counts(model)["bn_act"] == 11
-    assert model(images()).shape == (2, 3)
-
-
-SEQUENCE_CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
-    "insert": lambda s: s.insert(2, nn.Tanh()),
-    "append": lambda s: s.append(nn.Tanh()),
-    "delete": lambda s: s.__delitem__(2),
-    "set": lambda s: s.__setitem__(2, nn.Tanh()),
-    "extend": lambda s: s.extend([nn.Tanh(), nn.Tanh()]),
-}
-
-
-@pytest.mark.parametrize("change", SEQUENCE_CHANGES)
-def test_a_sequential_changed_after_fuse(change):
-    block = nn.Sequential(zoo.conv(3, 4), nn.BatchNorm2d(4), nn.ReLU()).double()
-    reference = copy.deepcopy(block)
-    fusedres.fuse(block)
-    assert counts(block) == {"bn_act": 1}
-    for candidate in (block, reference):
-        SEQUENCE_CHANGES[change](candidate)
-    assert_same_steps(block, reference, images(2, 3, 5, 5))
-
-
-def test_slices_of_a_fused_sequential():
-    block = fusedres.fuse(nn.Sequential(zoo.conv(3, 4), nn.BatchNorm2d(4), nn.ReLU()).double())
-    x = images(2, 3, 5, 5)
-    torch.testing.assert_close(block[:2](x), nn.Sequential(block[0], block[1])(x))
-    assert (block[:2](x) < 0).any()
-
-
-class Flagged(nn.Module):
-    """Configuration that a trace bakes in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = zoo.conv(4, 4), nn.BatchNorm2d(4)
-        self.skip, self.scale, self._shift = True, 1.0, 0.0
-
-    def forward(self, x, extra=None, *, gain=1.0):
-        out = self.bn(self.conv(x))
-        if self.skip:
-            out = out + x
-        out = torch.relu(out) * self.scale * gain + self._shift
-        return out if extra is None else out + extra
-
-
-@pytest.mark.parametrize("change", [{"skip": False}, {"scale": 2.0}, {"_shift": 1.0}])
-def test_an_attribute_set_after_fuse_is_honoured(change):
-    block = Flagged().double()
-    reference, x = copy.deepcopy(block), images(2, 4, 5, 5)
-    fusedres.fuse(block)
-    assert counts(block) == {"bn_add_act": 1}
-    for name, value in change.items():
-        setattr(block, name, value)
-        setattr(reference, name, value)
-    assert_same_steps(copy.deepcopy(block), copy.deepcopy(reference), x)
-    fusedres.fuse(block)
-    assert counts(block) == ({"bn_act": 1} if change == {"skip": False} else {"bn_add_act": 1})
-    assert_same_steps(block, reference, x)
-
-
-def test_optional_arguments_take_the_original_forward():
-    block = Flagged().double().eval()
-    reference, x = copy.deepcopy(block), images(2, 4, 5, 5)
-    fusedres.fuse(block)
-    assert "_training" in type(block)._fusedres_code.source
-    for args, kwargs in (((), {}), ((x,), {}), ((None,), {}), ((), {"extra": x}), ((), {"gain": 3.0})):
-        torch.testing.assert_close(block(x, *args, **kwargs), reference(x, *args, **kwargs), **TOLERANCE)
-    torch.testing.assert_close(block(x=x), reference(x), **TOLERANCE)
 
 
 def test_a_block_used_twice_in_the_tree():

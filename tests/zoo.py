@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fusedres
+from fusedres import models
+
+TOLERANCE: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-8}
+SMALL_INPUT = (2, 3, 8, 8)
 _declared: list[torch.library.Library] = []
 
 
@@ -210,3 +217,49 @@ def hand_resnet34(block: type[nn.Module] = ResBlock, **kwargs) -> HandResNet:
 
 def hand_resnet50(**kwargs) -> HandResNet:
     return HandResNet(HandBottleneck, [3, 4, 6, 3], **kwargs)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """float64, with BatchNorms that are not the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    return model.double()
+
+
+def small() -> nn.Module:
+    return randomise(models.ResNet(models.Bottleneck, [1, 2, 1, 1], 5, width=4, small_input=True))
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape or SMALL_INPUT, dtype=torch.float64)
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    return dict(collections.Counter(row["pattern"] for row in fusedres.explain(model).rows))
+
+
+def step(model: nn.Module, x: torch.Tensor, cotangent_seed: int = 1) -> dict[str, torch.Tensor]:
+    """Output, gradients and buffers of one forward and backward; gradients are None in evaluation too."""
+    torch.manual_seed(cotangent_seed)
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    out = model(x)
+    out.backward(torch.randn_like(out))
+    assert x.grad is not None
+    values = {"output": out.detach(), "input": x.grad}
+    values |= {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return values | {f"buffer {name}": b.clone() for name, b in model.named_buffers()}
+
+
+def assert_same_steps(one: nn.Module, other: nn.Module, x: torch.Tensor) -> None:
+    """In training twice (running statistics) and in evaluation."""
+    for training in (True, True, False):
+        ours, its = step(one.train(training), x), step(other.train(training), x)
+        assert ours.keys() == its.keys()
+        for name, value in its.items():
+            torch.testing.assert_close(ours[name], value, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")

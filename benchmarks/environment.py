@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -55,6 +56,7 @@ def describe(device: torch.device) -> dict[str, str | None]:
     }
 
 
+@functools.cache
 def commit() -> str | None:
     """Short hash of the checkout, with ``-dirty`` when the measured code differs from it."""
     head = _output(["git", "rev-parse", "--short=12", "HEAD"])
@@ -64,6 +66,7 @@ def commit() -> str | None:
     return f"{head}-dirty" if changed else head
 
 
+@functools.cache
 def _processor() -> str:
     name = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -73,6 +76,7 @@ def _processor() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+@functools.cache
 def _driver() -> str | None:
     output = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return output.splitlines()[0] if output else None

@@ -19,6 +19,7 @@ from fusedres import models
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLASSES = 1000
+CASE_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 5.0, 10, 100
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def workloads(device: torch.device, dtype: str | None) -> list[Workload]:
 
 
 def run(
-    device: torch.device, providers: list[Provider], chosen: list[Workload], *, rounds: int, seconds_limit: float
+    device: torch.device, providers: list[Provider], chosen: list[Workload], *, seconds_limit: float
 ) -> Iterator[Row]:
     """Measure; workloads not begun after ``seconds_limit`` come out as rows that say so."""
     torch._inductor.config.force_disable_caches = True  # or the first step would not show the compile time
@@ -87,7 +88,7 @@ def run(
                 for provider in entrants:
                     yield _row(workload, mode, batch, provider, device, "not measured", note="out of time")
         else:
-            yield from _Measurement(workload, entrants, device).rows(rounds)
+            yield from _Measurement(workload, entrants, device).rows()
 
 
 class _Measurement:
@@ -102,12 +103,12 @@ class _Measurement:
         self.first: dict[tuple[str, int, str], float] = {}
         self.broken: dict[tuple[str, int, str], tuple[str, str]] = {}
 
-    def rows(self, rounds: int) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         for mode, batch in self.workload.cases():
             self._first_steps(mode, batch)
         verdicts = self._check()
         for mode, batch in self.workload.cases():
-            yield from self._case(mode, batch, rounds, verdicts)
+            yield from self._case(mode, batch, verdicts)
 
     def _first_steps(self, mode: str, batch: int) -> None:
         for instance in self.instances:
@@ -131,11 +132,11 @@ class _Measurement:
         able = [i for i in self.instances if i.provider.name not in failed]
         return parity.check(able, self.model, images, labels, self.dtype)
 
-    def _case(self, mode: str, batch: int, rounds: int, verdicts: dict[str, dict]) -> Iterator[Row]:
+    def _case(self, mode: str, batch: int, verdicts: dict[str, dict]) -> Iterator[Row]:
         able = [i for i in self.instances if (mode, batch, i.provider.name) not in self.broken]
         steps = {i.provider.name: self._step(mode, batch, i) for i in able}
-        for step in [step for step in steps.values() for _ in range(3)]:
-            step()
+        warm = [seconds(step, self.device) for _ in range(3) for step in steps.values()]
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(CASE_SECONDS / max(sum(warm[-len(steps) :]), 1e-9))))
         peaks = {name: peak_memory_mib(step, self.device) for name, step in steps.items()}
         samples = interleave(steps, self.device, rounds)
         figures = {name: summary(values) for name, values in samples.items()}

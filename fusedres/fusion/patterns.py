@@ -205,6 +205,8 @@ class _Rewriter:
                 doomed.add(node)
                 pending += node.users
         for node in sorted(doomed, reverse=True):
+            if node._erased:
+                continue
             if node.target is print_function:
                 reason = f"{_print_text(node)} shows a value that the fusion of {norm.target} does not compute"
                 self.result.calls.append(Call("", "print", reason))

@@ -96,11 +96,11 @@ def _block_refusal(block: nn.Module) -> str | None:
         return "it was wrapped after it was fused"
     if "forward" in vars(block):
         return "its forward was replaced on the instance"
-    forward = type(block).forward
-    if forward is not nn.Sequential.forward and getattr(forward, "__module__", "").startswith("torch."):
-        return f"{type(block).__name__} is a wrapper of PyTorch's"
     if isinstance(block, torch.fx.GraphModule):
         return "its forward is generated"
+    forward = type(block).forward
+    if forward is not nn.Sequential.forward and str(getattr(forward, "__module__", "")).startswith("torch."):
+        return f"{type(block).__name__} is a wrapper of PyTorch's"
     return _sealed(block)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import logging
 import operator
+import os
 import random
 import re
 import sys
@@ -28,9 +30,10 @@ IN_PLACE_OPERATORS = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
 }
 
-# A value formatted while tracing stands in the text as START name CONVERSION : spec END.
+# A value formatted while tracing stands in the text as START name padding CONVERSION : spec END.
 _START, _END = "\x00", "\x01"
-_TOKEN = re.compile(f"{_START}(\\w+)(![sr])?:([^{_START}{_END}]*){_END}")
+_TOKEN = re.compile(f"{_START}(\\w+)-*(![sr])?:([^{_START}{_END}]*){_END}")
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _print = builtins.print
 
 
@@ -52,7 +55,11 @@ def trace(block: nn.Module, training: bool) -> fx.Graph:
         module.__dict__["training"] = training
     states = [_State(module) for module in modules]
     try:
-        graph = _trace(block)
+        tracer = _Tracer()
+        graph = _trace(block, tracer)
+        # A text whose layout depends on the length of what stands for a value cannot be rebuilt.
+        if tracer.shown and str(graph) != str(_trace(block, _Tracer(padding="-" * 37))):
+            raise UntraceableError("forward formats values in a way that cannot be followed")
     except UntraceableError:
         raise
     except Exception as error:
@@ -68,8 +75,7 @@ def trace(block: nn.Module, training: bool) -> fx.Graph:
     return graph
 
 
-def _trace(block: nn.Module) -> fx.Graph:
-    tracer = _Tracer()
+def _trace(block: nn.Module, tracer: _Tracer) -> fx.Graph:
     output = io.StringIO()
     rng = random.getstate()
     with contextlib.ExitStack() as stack:
@@ -77,6 +83,7 @@ def _trace(block: nn.Module) -> fx.Graph:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(contextlib.redirect_stdout(output))
         warned = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
         stack.enter_context(_intercepted(tracer))
         stack.enter_context(_NoComputation())
         tracer.context = _context()
@@ -87,7 +94,7 @@ def _trace(block: nn.Module) -> fx.Graph:
             raise UntraceableError("forward draws random numbers")
     if output.getvalue():
         raise UntraceableError("forward writes to the standard output")
-    if warned:
+    if any(not warning.filename.startswith(_TORCH) for warning in warned):
         raise UntraceableError("forward warns")
     return graph
 
@@ -123,13 +130,27 @@ class _Value(fx.Proxy):
         return type(self)
 
     def __str__(self) -> str:
-        return f"{_START}{self.node.name}!s:{_END}"
+        return _Text(self.tracer, self.node, "!s")
 
     def __repr__(self) -> str:
-        return f"{_START}{self.node.name}!r:{_END}"
+        return _Text(self.tracer, self.node, "!r")
 
     def __format__(self, spec: str) -> str:
-        return f"{_START}{self.node.name}:{spec}{_END}"
+        return self.tracer.show(self.node, "", spec)
+
+
+class _Text(str):
+    """``str(value)`` or ``repr(value)``, which may be formatted once more: ``f"{value!s:>20}"``."""
+
+    __slots__ = ("_show",)
+
+    def __new__(cls, tracer: _Tracer, node: fx.Node, conversion: str) -> _Text:
+        text = super().__new__(cls, tracer.show(node, conversion, ""))
+        text._show = functools.partial(tracer.show, node, conversion)
+        return text
+
+    def __format__(self, spec: str) -> str:
+        return self._show(spec)
 
 
 class _ValueAttribute(_Value, Attribute):
@@ -154,6 +175,11 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
     context: tuple[Any, ...]
 
+    def __init__(self, padding: str = "") -> None:
+        super().__init__()
+        self.padding = padding
+        self.shown = False
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -176,6 +202,11 @@ class _Tracer(fx.Tracer):
             if not owned:
                 raise UntraceableError("forward uses a tensor that is not its own")
         return super().create_arg(a)
+
+    def show(self, node: fx.Node, conversion: str, spec: str) -> str:
+        """What stands for the formatted value of ``node`` in a text."""
+        self.shown = True
+        return f"{_START}{node.name}{self.padding}{conversion}:{spec}{_END}"
 
     def record_print(self, *args: Any, **kwargs: Any) -> None:
         """A ``print`` node in place of the print."""

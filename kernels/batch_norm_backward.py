@@ -4,6 +4,9 @@ With g = dy where the ReLU was open, the sums Σg and Σg·(x − mean) give dβ
 those of the batch, dx = scale·(g − Σg/M − (x − mean)·rstd²·Σg·(x − mean)/M). Frozen statistics: dx = scale·g.
 """
 
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
+# (the device language only looks like Python)
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -20,6 +23,7 @@ from fusedres.kernels._common import (
     _mask_offsets,
     _normalise,
     _positive,
+    _sum_rows,
     _tile_offsets,
     _unpack_bits,
 )
@@ -103,8 +107,8 @@ def _batch_norm_bwd_reduce_kernel(
     if SUMS:
         counter_ptr = scratch_ptr.to(tl.pointer_type(tl.int32)) + 1 + pid_c
         partials_ptr = scratch_ptr + COUNTERS
-        tl.store(partials_ptr + pid_m * C + offs_c, tl.sum(sum_g, axis=0), mask=mask_c)
-        tl.store(partials_ptr + (programs + pid_m) * C + offs_c, tl.sum(sum_gx, axis=0), mask=mask_c)
+        tl.store(partials_ptr + pid_m * C + offs_c, _sum_rows(sum_g), mask=mask_c)
+        tl.store(partials_ptr + (programs + pid_m) * C + offs_c, _sum_rows(sum_gx), mask=mask_c)
         if _arrive(counter_ptr) == programs - 1:
             total_g = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
             total_gx = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
@@ -116,8 +120,8 @@ def _batch_norm_bwd_reduce_kernel(
                 total_g += tl.load(offsets_p, mask=mask_p, other=0.0, cache_modifier=".cg")
                 total_gx += tl.load(offsets_p + programs * C, mask=mask_p, other=0.0, cache_modifier=".cg")
             rstd = tl.load(stats_ptr + C + offs_c, mask=mask_c, other=0.0)
-            all_g = tl.sum(total_g, axis=0)
-            all_gx = tl.sum(total_gx, axis=0)
+            all_g = _sum_rows(total_g)
+            all_gx = _sum_rows(total_gx)
             _store_parameter_gradients(all_g, all_gx, rstd, dweight_ptr, dbias_ptr, offs_c, mask_c)
             if means_ptr is not None:
                 rows = M.to(tl.float32)
@@ -126,12 +130,12 @@ def _batch_norm_bwd_reduce_kernel(
             tl.store(counter_ptr, 0)
 
 
-@triton.jit(do_not_specialize=["M", "C", "S", "rows_per_program"])
+@triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_bwd_apply_kernel(
     g_ptr, x_ptr, mask_ptr, stats_ptr, means_ptr, dx_ptr,
-    M, C, S, rows_per_program,
+    M, C, S,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
     channel_tiles = tl.cdiv(C, BLOCK_C)
@@ -146,8 +150,8 @@ def _batch_norm_bwd_apply_kernel(
     mean_g = tl.load(means_ptr + offs_c, mask=mask_c, other=0.0)
     mean_gx = tl.load(means_ptr + C + offs_c, mask=mask_c, other=0.0)
 
-    first = pid_m.to(tl.int64) * rows_per_program
-    for row0 in range(first, tl.minimum(first + rows_per_program, M), BLOCK_M):
+    first = pid_m.to(tl.int64) * (TILES * BLOCK_M)
+    for row0 in range(first, tl.minimum(first + TILES * BLOCK_M, M), BLOCK_M):
         mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
         offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
         g, x_centred = _gradient_tile(
@@ -182,8 +186,8 @@ def _batch_norm_bwd_on_chip_kernel(
     )  # fmt: skip
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
-    sum_g = tl.sum(g, axis=0)
-    sum_gx = tl.sum(g * x_centred, axis=0)
+    sum_g = _sum_rows(g)
+    sum_gx = _sum_rows(g * x_centred)
     _store_parameter_gradients(sum_g, sum_gx, rstd, dweight_ptr, dbias_ptr, offs_c, mask_c)
     if dx_ptr is not None:
         mean_g = sum_g / M.to(tl.float32)
@@ -221,9 +225,9 @@ def batch_norm_bwd_apply(
     with on_device(x.device):
         _batch_norm_bwd_apply_kernel[config.grid](
             g, x, mask, stats, means, dx,
-            view.M, view.C, view.S, config.rows_per_program,
+            view.M, view.C, view.S,
             RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
-            BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
+            TILES=config.tiles, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
 
 

@@ -4,6 +4,9 @@ Statistics travel as one float32 tensor ``stats`` [4, C] of rows mean, rstd, sca
 all that the apply kernels and the backward need of the parameters.
 """
 
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
+# (the device language only looks like Python)
 from __future__ import annotations
 
 import torch
@@ -49,7 +52,8 @@ def _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, store, C
 
 @triton.jit
 def _update_running(
-    mean, m2, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counter_ptr, channel_tiles, momentum, offs_c, mask_c
+    mean, m2, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counter_ptr, channel_tiles, momentum,
+    offs_c, mask_c,
 ):  # fmt: skip
     """Running statistics (the variance with Bessel's correction) and the batch counter.
 
@@ -73,6 +77,31 @@ def _update_running(
             tl.store(counter_ptr, 0)
 
 
+@triton.jit
+def _merge_partials(
+    partials_ptr, offs_c, mask_c, M, C, programs,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """(mean, M2) of the channels from the partials of all programs, always in the same order."""
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    count = tl.zeros([BLOCK_P, 1], dtype=tl.float32)
+    mean = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    m2 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        offs_p = start + tl.arange(0, BLOCK_P)
+        # Rows dealt to each program: its tiles, less what the last tile lacks.
+        tiles = (row_tiles - offs_p + programs - 1) // programs
+        lacking = tl.where(offs_p == (row_tiles - 1) % programs, row_tiles * BLOCK_M - M, 0)
+        count_p = tl.where(offs_p < programs, tiles * BLOCK_M - lacking, 0).to(tl.float32)[:, None]
+        mask_p = (offs_p < programs)[:, None] & mask_c[None, :]
+        offsets = offs_p[:, None] * C + offs_c[None, :]
+        # .cg: other multiprocessors wrote these; not from this one's L1
+        mean_p = tl.load(partials_ptr + offsets, mask=mask_p, other=0.0, cache_modifier=".cg")
+        m2_p = tl.load(partials_ptr + programs * C + offsets, mask=mask_p, other=0.0, cache_modifier=".cg")
+        count, mean, m2 = _chan_merge(count, mean, m2, count_p, mean_p, m2_p)
+    return _chan_reduce(count, mean, m2)
+
+
 @triton.jit(do_not_specialize=["M", "C", "S", "programs"])
 def _batch_norm_fwd_stats_kernel(
     x_ptr, scratch_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, num_batches_ptr,
@@ -86,7 +115,6 @@ def _batch_norm_fwd_stats_kernel(
     pid_m = tl.program_id(0) // channel_tiles
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    row_tiles = tl.cdiv(M, BLOCK_M)
 
     # Moments of every (row of the tile, channel) on its own: no exchange between threads inside the loop.
     count = tl.zeros([BLOCK_M, 1], dtype=tl.float32)
@@ -104,22 +132,7 @@ def _batch_norm_fwd_stats_kernel(
     tl.store(partials_ptr + pid_m * C + offs_c, mean_c, mask=mask_c)
     tl.store(partials_ptr + (programs + pid_m) * C + offs_c, m2_c, mask=mask_c)
     if _arrive(counters_ptr + 1 + pid_c) == programs - 1:
-        count = tl.zeros([BLOCK_P, 1], dtype=tl.float32)
-        mean = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-        m2 = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-        for start in range(0, programs, BLOCK_P):
-            offs_p = start + tl.arange(0, BLOCK_P)
-            # Rows dealt to each program: its tiles, less what the last tile lacks.
-            tiles = (row_tiles - offs_p + programs - 1) // programs
-            lacking = tl.where(offs_p == (row_tiles - 1) % programs, row_tiles * BLOCK_M - M, 0)
-            count_p = tl.where(offs_p < programs, tiles * BLOCK_M - lacking, 0).to(tl.float32)[:, None]
-            mask_p = (offs_p < programs)[:, None] & mask_c[None, :]
-            offsets = offs_p[:, None] * C + offs_c[None, :]
-            # .cg: other multiprocessors wrote these; not from this one's L1
-            mean_p = tl.load(partials_ptr + offsets, mask=mask_p, other=0.0, cache_modifier=".cg")
-            m2_p = tl.load(partials_ptr + programs * C + offsets, mask=mask_p, other=0.0, cache_modifier=".cg")
-            count, mean, m2 = _chan_merge(count, mean, m2, count_p, mean_p, m2_p)
-        mean_c, m2_c = _chan_reduce(count, mean, m2)
+        mean_c, m2_c = _merge_partials(partials_ptr, offs_c, mask_c, M, C, programs, BLOCK_M, BLOCK_C, BLOCK_P)
         var_c = m2_c / M.to(tl.float32)
         _affine(mean_c, var_c, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
         _update_running(
@@ -147,12 +160,12 @@ def _finish_tile(
     tl.store(y_ptr + offsets, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "C", "S", "rows_per_program"])
+@triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_fwd_apply_kernel(
     x_ptr, residual_ptr, stats_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, y_ptr, mask_ptr,
-    M, C, S, rows_per_program,
+    M, C, S,
     EPS: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
     channel_tiles = tl.cdiv(C, BLOCK_C)
@@ -170,8 +183,8 @@ def _batch_norm_fwd_apply_kernel(
         scale = tl.load(stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
         shift = tl.load(stats_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
 
-    first = pid_m.to(tl.int64) * rows_per_program
-    for row0 in range(first, tl.minimum(first + rows_per_program, M), BLOCK_M):
+    first = pid_m.to(tl.int64) * (TILES * BLOCK_M)
+    for row0 in range(first, tl.minimum(first + TILES * BLOCK_M, M), BLOCK_M):
         mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
         offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
         x_centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
@@ -257,9 +270,9 @@ def batch_norm_fwd_apply(
     with on_device(x.device):
         _batch_norm_fwd_apply_kernel[config.grid](
             x, residual, stats, running_mean, running_var, weight, bias, y, mask if save_mask else None,
-            view.M, view.C, view.S, config.rows_per_program,
+            view.M, view.C, view.S,
             EPS=eps, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
-            BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
+            TILES=config.tiles, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
     return y, mask
 

@@ -1,0 +1,178 @@
+"""What right means: errors against float64 eager PyTorch, compared with those of eager in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusedres import reference
+
+EPS_SLACK = 4  # in units of the dtype's eps
+BOUNDARY = 8  # likewise: elements this near zero before the ReLU may fall on either side
+
+Tensors = dict[str, Tensor]
+
+
+def errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(‖a − r‖₂ / ‖r‖₂, max|a − r| / max|r|); NaN and infinity must stand where the oracle has them."""
+    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    finite = exact.isfinite()
+    if not torch.equal(actual.isfinite(), finite) or not torch.equal(actual.isnan(), exact.isnan()):
+        return float("inf"), float("inf")
+    if not torch.equal(actual[exact.isinf()], exact[exact.isinf()]):
+        return float("inf"), float("inf")
+    difference, exact = (actual - exact)[finite], exact[finite]
+    if difference.numel() == 0 or not difference.any():
+        return 0.0, 0.0
+    tiny = torch.finfo(torch.float64).tiny
+    return (
+        float(difference.norm() / exact.norm().clamp_min(tiny)),
+        float(difference.abs().max() / exact.abs().max().clamp_min(tiny)),
+    )
+
+
+def assert_as_good_as_eager(
+    actual: Mapping[str, Tensor], eagers: Sequence[Mapping[str, Tensor]], exact: Tensors
+) -> None:
+    """Every tensor's error is at most twice the better eager's, plus 4 eps of its own dtype."""
+    assert actual.keys() == exact.keys()
+    for name, value in actual.items():
+        assert value.shape == exact[name].shape, name
+        assert value.dtype == eagers[0][name].dtype, name
+        eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+        mine = errors(value, exact[name])
+        theirs = [errors(eager[name], exact[name]) for eager in eagers]
+        for norm, error, best in zip(("2-norm", "maximum"), mine, map(min, *theirs, (1.0, 1.0)), strict=True):
+            assert error <= 2 * best + EPS_SLACK * eps, f"{name}: {norm} error {error:.3g}, eager's {best:.3g}"
+
+
+@dataclass
+class BatchNormInputs:
+    """The tensors of one batch_norm_act call, and its cotangent."""
+
+    input: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    grad: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> BatchNormInputs:
+        return BatchNormInputs(*(None if t is None else function(t) for t in vars(self).values()))  # type: ignore[arg-type]
+
+
+def batch_norm_inputs(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    residual: bool = False,
+    affine: bool = True,
+    bias: bool = True,
+    tracking: bool = True,
+    parameter_dtype: torch.dtype = torch.float32,
+    residual_dtype: torch.dtype | None = None,
+    mean: float = 0.5,
+    std: float = 2.0,
+) -> BatchNormInputs:
+    """Random inputs on the CPU, contiguous; the moments of ``input`` are ``mean`` and ``std``."""
+    channels = shape[1]
+    x = (torch.randn(shape) * std + mean).to(dtype)
+    r = torch.randn(shape).to(residual_dtype or dtype) if residual else None
+    return BatchNormInputs(
+        x,
+        r,
+        (torch.randn(channels) * 0.5 + 1).to(parameter_dtype) if affine else None,
+        torch.randn(channels).to(parameter_dtype) if affine and bias else None,
+        (torch.randn(channels) * 0.2 * std + mean).to(parameter_dtype) if tracking else None,
+        ((torch.rand(channels) + 0.5) * std**2).to(parameter_dtype) if tracking else None,
+        torch.tensor(3) if tracking else None,
+        torch.randn(shape).to(dtype if r is None else torch.promote_types(dtype, r.dtype)),
+    )
+
+
+def run_batch_norm(
+    function: Callable[..., Tensor], inputs: BatchNormInputs, training: bool, act: str | None, **options: object
+) -> Tensors:
+    """Output, gradients and buffers by name, of copies of the inputs."""
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().clone().requires_grad_(t.is_floating_point())
+
+    given = inputs.map(leaf)
+    buffers = [None if t is None else t.detach() for t in (given.running_mean, given.running_var)]
+    count = given.num_batches_tracked
+    out = function(
+        given.input, *buffers, given.weight, given.bias, training, residual=given.residual, act=act,
+        num_batches_tracked=count, **options,
+    )  # fmt: skip
+    out.backward(inputs.grad.to(out.dtype))
+    named = {
+        "out": out.detach(),
+        "grad_input": given.input.grad,
+        "grad_residual": None if given.residual is None else given.residual.grad,
+        "grad_weight": None if given.weight is None else given.weight.grad,
+        "grad_bias": None if given.bias is None else given.bias.grad,
+        "running_mean": buffers[0],
+        "running_var": buffers[1],
+        "num_batches_tracked": count,
+    }
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def to_double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def silence_boundary(inputs: BatchNormInputs, training: bool, eps: float = 1e-5) -> None:
+    """Zero the cotangent where rounding decides the side of the ReLU, so that the side does not matter."""
+    x = inputs.map(to_double)
+    dims = [d for d in range(x.input.dim()) if d != 1]
+    shape = [1, -1] + [1] * (x.input.dim() - 2)
+    if training or x.running_mean is None or x.running_var is None:
+        mean, var = x.input.mean(dims), x.input.var(dims, correction=0)
+    else:
+        mean, var = x.running_mean, x.running_var
+    scale = (1.0 if x.weight is None else x.weight) / (var + eps).sqrt()
+    shift = (0.0 if x.bias is None else x.bias) - mean * scale
+    scaled, shift = x.input * scale.view(shape), shift.view(shape)
+    r = torch.zeros_like(x.input) if x.residual is None else x.residual
+    z = scaled + shift + r
+    unit = torch.finfo(inputs.grad.dtype).eps
+    near = z.abs() <= BOUNDARY * unit * (scaled.abs() + shift.abs() + r.abs())
+    inputs.grad[near & (z != 0)] = 0
+
+
+def check_batch_norm(
+    function: Callable[..., Tensor],
+    inputs: BatchNormInputs,
+    device: torch.device,
+    *,
+    channels_last: bool,
+    training: bool,
+    act: str | None,
+    **options: object,
+) -> Tensors:
+    """The oracle rule for one call; returns what ``function`` gave. Layouts of outputs follow the input's."""
+    if act is not None:
+        silence_boundary(inputs, training)
+
+    def layout(last: bool) -> Callable[[Tensor], Tensor]:
+        form = torch.channels_last if last else torch.contiguous_format
+        return lambda t: (t.contiguous(memory_format=form) if t.dim() == 4 else t).to(device)
+
+    actual = run_batch_norm(function, inputs.map(layout(channels_last)), training, act, **options)
+    eagers = [
+        run_batch_norm(reference.batch_norm_act, inputs.map(layout(last)), training, act, **options)
+        for last in (True, False)
+    ]
+    exact = run_batch_norm(reference.batch_norm_act, inputs.map(to_double), training, act, **options)
+    assert_as_good_as_eager(actual, eagers, exact)
+    for name in ("out", "grad_input", "grad_residual"):
+        if name in actual:
+            assert actual[name].stride() == eagers[0 if channels_last else 1][name].stride(), name
+    return actual

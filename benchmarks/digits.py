@@ -101,6 +101,7 @@ def train(model: nn.Module, recipe: Recipe, *, channels_last: bool = True, backw
     """
     parameters = list(model.parameters())
     x, y, x_held, y_held = load(parameters[0].dtype)
+    torch.set_num_threads(1)  # tensors this small gain nothing from a second thread, and lose much on a busy machine
     if channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         x, x_held = (t.contiguous(memory_format=torch.channels_last) for t in (x, x_held))

@@ -1,0 +1,183 @@
+"""The README's results, generated from the committed rows and never typed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import plots, results
+from benchmarks.environment import ROOT
+from benchmarks.errors import BenchmarkError
+from benchmarks.models_suite import workloads
+from benchmarks.providers import PROVIDERS
+from benchmarks.results import Row
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NOT_MEASURED = "not measured"
+
+
+def update(readme: Path = README, folder: Path = results.RESULTS) -> None:
+    """Redraw the plots and rewrite what stands between the markers."""
+    draw(folder)
+    before, _, after = split(readme)
+    readme.write_text(f"{before}{BEGIN}\n{render(folder)}{END}{after}")
+
+
+def split(readme: Path) -> tuple[str, str, str]:
+    """The text before, between and after the markers.
+
+    Raises:
+        BenchmarkError: the markers are missing.
+    """
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise BenchmarkError(f"{readme.name} lacks the markers {BEGIN} and {END}")
+    before, rest = text.split(BEGIN, 1)
+    between, after = rest.split(END, 1)
+    return before, between.lstrip("\n"), after
+
+
+def draw(folder: Path) -> None:
+    """One plot beside each file of rows."""
+    for path in sorted(folder.glob("*/models.jsonl")):
+        plots.models(results.read(path), path.with_suffix(".png"))
+    for path in sorted(folder.glob("*/traffic.jsonl")):
+        plots.traffic(results.read(path), path.with_suffix(".png"))
+
+
+def render(folder: Path = results.RESULTS) -> str:
+    """Markdown of everything under ``folder``."""
+    parts = [_gpu(folder), _traffic(folder / "cpu"), _cpu(folder / "cpu"), _digits(folder / "cpu")]
+    return "\n".join(part for part in parts if part)
+
+
+def _gpu(folder: Path) -> str:
+    measured = [path for path in sorted(folder.glob("*/models.jsonl")) if path.parent.name != "cpu"]
+    text = "### On a GPU\n\n"
+    if not measured:
+        text += "No GPU has been measured so far. `make gpu` on a machine with one fills this table.\n\n"
+        return text + _models_table(_unmeasured())
+    for path in measured:
+        rows = results.read(path)
+        text += f"{_where(rows[0])}\n\n{_models_table(rows)}\n{_image(path, 'speed over eager channels-last')}\n"
+    return text
+
+
+def _unmeasured() -> list[Row]:
+    return [
+        Row("models", w.name, mode, provider, [batch, *w.image], w.dtype, "", NOT_MEASURED)
+        for w in workloads(torch.device("cuda"), None)
+        for mode, batch in w.cases()
+        for provider in PROVIDERS
+    ]
+
+
+def _traffic(folder: Path) -> str:
+    rows = results.read(folder / "traffic.jsonl")
+    if not rows:
+        return ""
+    header = ["shape", "layout", "residual", "phase", "launches", "passes", "budget", "ATen passes", "vectors", "check"]
+    cells = [
+        [
+            "×".join(map(str, row.shape)), row.layout, "yes" if "residual" in row.workload else "no", row.mode,
+            f"{row.figures['launches']:.0f}", _number(row, "passes", ".4g"), _number(row, "budget_passes", ".5g"),
+            _number(row, "aten_passes", ".4g"), _percent(row.figures.get("vector_share")), row.status,
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return (
+        "### Memory traffic\n\n"
+        "Bytes that the kernels issue, counted exactly in Triton's interpreter, in passes over one activation\n"
+        f"({rows[0].dtype}; one pass reads or writes it once). `ATen passes` is work done beside the kernels,\n"
+        "`vectors` the share of per-channel vectors and partial sums. These are byte counts, not times.\n"
+        f"{_where(rows[0])}\n\n{_table(header, cells)}\n{_image(folder / 'traffic.jsonl', 'passes and budget')}"
+    )
+
+
+def _cpu(folder: Path) -> str:
+    rows = results.read(folder / "models.jsonl")
+    if not rows:
+        return ""
+    return (
+        "### On a CPU, at reduced size\n\n"
+        "**These are not GPU timings.** On a CPU fusedres takes its reference path, which is eager PyTorch, so\n"
+        "about 1.0x over eager channels-last is expected; what the run shows is that every provider computes the\n"
+        f"same thing and that conversion costs nothing.\n{_where(rows[0])}\n\n"
+        f"{_models_table(rows)}\n{_image(folder / 'models.jsonl', 'speed over eager channels-last')}"
+    )
+
+
+def _digits(folder: Path) -> str:
+    rows = results.read(folder / "train.jsonl")
+    if not rows:
+        return ""
+    header = ["run", "path", "steps", "batch", "final loss", "held-out accuracy", "furthest from eager", "allowed"]
+    cells = [
+        [
+            row.provider, row.layout, f"{row.figures['steps']:.0f}", str(row.shape[0]), _number(row, "loss", ".4f"),
+            _percent(row.figures.get("accuracy")), _number(row, "difference", ".2g"), _number(row, "allowed", ".2g"),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return (
+        "### Training parity\n\n"
+        "A small residual network on scikit-learn's 8×8 digits (1347 images, 450 held out), all runs from the same\n"
+        "weights and batches. The fused loss curve has to stay as near to an eager one as eager curves with other\n"
+        f"summation orders stay to each other.\n{_where(rows[0])}\n\n"
+        f"{_table(header, cells)}\n{_image(folder / 'train.jsonl', 'loss curves')}"
+    )
+
+
+def _models_table(rows: Sequence[Row]) -> str:
+    header = [
+        "workload", "mode", "images", "dtype", "provider", "ms (quartiles)", "images/s", "speedup",
+        "first step s", "peak MiB",
+    ]  # fmt: skip
+    cells = []
+    for row in rows:
+        empty = NOT_MEASURED if row.status in ("ok", NOT_MEASURED) else row.status
+        ms = empty
+        if row.status == "ok":
+            ms = f"{row.figures['ms']:.4g} ({row.figures['ms_q1']:.4g}–{row.figures['ms_q3']:.4g})"
+        numbers = [
+            _number(row, name, style, empty)
+            for name, style in (
+                ("images_per_s", ".4g"),
+                ("speedup", ".2f"),
+                ("first_step_s", ".3g"),
+                ("peak_mib", ".0f"),
+            )
+        ]
+        case = [row.workload, row.mode, f"{row.shape[0]} of {'×'.join(map(str, row.shape[1:]))}", row.dtype]
+        cells.append([*case, row.provider, ms, *numbers])
+    return _table(header, cells)
+
+
+def _number(row: Row, name: str, style: str, empty: str = "") -> str:
+    value = row.figures.get(name)
+    shown = value is not None and row.status == "ok"
+    return f"{value:{style}}" if shown else empty
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+def _where(row: Row) -> str:
+    e = row.environment
+    versions = f"torch {e['torch']}, triton {e['triton']}"
+    driver = f", driver {e['driver']}" if e.get("driver") else ""
+    return f"Measured on {e['device']}{driver}, {versions}, commit {e['commit']}, {(e['date'] or '')[:10]}."
+
+
+def _image(path: Path, text: str) -> str:
+    image = path.with_suffix(".png")
+    return f"![{text}]({image.relative_to(ROOT) if image.is_relative_to(ROOT) else image.name})\n"
+
+
+def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+import torch.utils.deterministic
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -38,7 +39,7 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def poisoned_memory() -> Iterator[None]:
     """Fresh tensors are filled with NaN, so that an element which no kernel wrote fails the comparison."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(0)
     yield

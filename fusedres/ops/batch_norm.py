@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres.kernels.layout import dense, dense_like
 
@@ -206,8 +205,12 @@ class _BatchNormAct(torch.autograd.Function):
         return out, stats, mask
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if torch.is_grad_enabled():  # create_graph=True
+            raise NotImplementedError(
+                "the kernels have no double backward; FUSEDRES_BACKEND=reference takes PyTorch's own operators"
+            )
         skipped = (None,) * (len(ctx.needs_input_grad) - 5)
         if grad is None:
             return None, None, None, None, None, *skipped

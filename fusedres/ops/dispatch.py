@@ -72,6 +72,6 @@ def _tensor_refusal(input: Tensor) -> str | None:
         return None
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms take the reference path"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return "torch.jit.trace takes the reference path"
     return None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_small_images(block):
 
 def test_models_are_plain_pytorch():
     assert not any(isinstance(module, fusedres.nn.BatchNormAct2d) for module in models.resnet18().modules())
-    tree = ast.parse(inspect.getsource(models.resnet))
+    source = inspect.getsource(sys.modules[models.ResNet.__module__])
+    tree = ast.parse(source)
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not any(name and name.startswith("fusedres") for name in imported)
     assert isinstance(models.resnet50().layer1[0].downsample, nn.Sequential)

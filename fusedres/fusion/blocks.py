@@ -36,7 +36,8 @@ class Code:
     """A rewritten forward: its text and what the names in it stand for, in a form that compares and pickles.
 
     ``names`` holds functions by reference and Python modules by name; ``norms`` and ``acts`` are the paths of the
-    folded modules, ``children`` is the number of the block's children.
+    folded modules, ``children`` is the number of the block's children and ``attributes`` are the names of
+    its own plain attributes.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Code:
     norms: tuple[str, ...]
     acts: tuple[str, ...]
     children: int
+    attributes: frozenset[str]
     calls: tuple[Call, ...]
 
 
@@ -61,10 +63,11 @@ class FusedBlock:
         """Not a class of the user's: their hooks for subclasses are not run."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _MODULE_ATTRIBUTES and not self._fusedres_stale:
-            children = vars(self).get("_modules", {})
-            replaced = name in vars(self) and not _is_same(vars(self)[name], value)
-            if replaced or (value is None and children.get(name) is not None):
+        if name not in _MODULE_ATTRIBUTES and not name.startswith("__") and not self._fusedres_stale:
+            baked = name in self._fusedres_code.attributes or hasattr(type(self), name)
+            old = vars(self).get(name, getattr(type(self), name, None))
+            removed = value is None and vars(self).get("_modules", {}).get(name) is not None
+            if removed or (baked and not _is_same(old, value)):
                 vars(self)["_fusedres_stale"] = True
         super().__setattr__(name, value)
 
@@ -116,7 +119,9 @@ def generate(block: nn.Module, graphs: tuple[fx.Graph, fx.Graph], folded: tuple[
         for name, value in sorted(names.items(), key=lambda item: item[0])
         if name in words
     )
-    return Code(source, used, norms, acts, len(block._modules), merge_calls(folded[0].calls, folded[1].calls))
+    attributes = frozenset(vars(block).keys() - _MODULE_ATTRIBUTES - {"_fusedres_stale"})
+    calls = merge_calls(folded[0].calls, folded[1].calls)
+    return Code(source, used, norms, acts, len(block._modules), attributes, calls)
 
 
 def merge_calls(training: list[Call], evaluation: list[Call]) -> tuple[Call, ...]:

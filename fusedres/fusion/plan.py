@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.blocks import Code, FusedBlock, generate, merge_calls, original_class
 from fusedres.fusion.patterns import Call, rewrite
+from fusedres.fusion.runtime import is_hooked
 from fusedres.fusion.tracing import UntraceableError, trace
-from fusedres.fusion.values import is_hooked
 from fusedres.nn import BatchNormAct2d
 
 Filter = Callable[[nn.Module, str], bool]

@@ -34,17 +34,22 @@ def norm_add(norm: BatchNormAct2d, input: Tensor, residual: Any, act: str | None
 
 
 def is_changed(norms: tuple[nn.Module, ...], acts: tuple[nn.Module, ...]) -> bool:
-    """Whether a module that was folded has been replaced, or has hooks that would see the difference."""
+    """Whether a module that was folded has been replaced, or a hook would see the difference."""
     for norm in norms:
-        if type(norm) is not BatchNormAct2d or _is_watched(norm):
+        if type(norm) is not BatchNormAct2d:
             return True
     for act in acts:
-        if type(act) is not nn.ReLU or _is_watched(act):
+        if type(act) is not nn.ReLU:
+            return True
+    for module in norms + acts:
+        # In each forward of each block: is_hooked() without the call.
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
     return bool(_has_any_global_hook())
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook would see ``module`` called, or not called."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

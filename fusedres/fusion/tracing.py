@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,7 +108,7 @@ def _check(graph: fx.Graph) -> None:
         if node.op == "output":
             node.type = None
         texts: list[Any] = []
-        fx.node.map_aggregate((node.args, node.kwargs), texts.append)
+        map_aggregate((node.args, node.kwargs), texts.append)
         if any(isinstance(text, str) and _START in text for text in texts):
             raise UntraceableError("forward formats values for something other than print")
         # `n += 1` rebinds a number and changes a tensor: the same only if the old name is not read again.
@@ -121,8 +122,10 @@ class _Value(fx.Proxy):
     def __getattr__(self, name: str) -> _ValueAttribute:
         return _ValueAttribute(self, name)
 
+    tracer: _Tracer
+
     @property
-    def __class__(self) -> type:
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         # isinstance() comes here after the real type; only torch may ask, for a user's branch would be baked in.
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if not caller.startswith(("torch.", "fusedres.")):
@@ -257,7 +260,7 @@ def _context() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),  # pyright: ignore[reportAttributeAccessIssue]
     )
 
 
@@ -282,7 +285,7 @@ def _intercepted(tracer: _Tracer) -> Iterator[None]:
             raise UntraceableError("forward logs")
         return enabled_for(self, level)
 
-    def refuse_autocast(self: torch.autocast) -> None:
+    def refuse_autocast(self: torch.autocast) -> torch.autocast:
         raise UntraceableError("forward enters autocast")
 
     builtins.print = show

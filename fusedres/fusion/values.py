@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fusedres.fusion.runtime import norm_add
+from fusedres.fusion.runtime import is_hooked, norm_add
 from fusedres.fusion.tracing import IN_PLACE_OPERATORS
 from fusedres.nn import BatchNormAct2d
 
@@ -26,13 +26,6 @@ _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "
 _METADATA_METHODS = {"size", "dim", "numel", "ndimension"}
 _METADATA = {"shape", "ndim", "device"}
 print_function = builtins.print
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook would see the module called, or not called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def is_standard(module: object, *classes: type) -> bool:

@@ -36,7 +36,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, act: str | None = _OWN) -> Tensor:
         """Normalise ``input`` ``(N, C, H, W)``; ``act`` overrides the module's for this call."""
-        self._check_input_dim(input)
+        if not isinstance(input, torch.fx.Proxy):  # a symbolic trace has no dimensions yet
+            self._check_input_dim(input)
         tracking = self.training and self.track_running_stats
         use_running = tracking or not self.training
         return batch_norm_act(

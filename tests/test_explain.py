@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from zoo import counts, small
+
+import fusedres
+from fusedres import models
+
+
+def rows_of(model: nn.Module) -> dict[str, dict[str, str]]:
+    return {row["module"]: row for row in fusedres.explain(model).rows}
+
+
+def test_rows_before_and_after_are_the_same():
+    model = models.resnet34(width=4)
+    before = fusedres.explain(model).rows
+    assert counts(model) == {"bn_act": 17, "bn_add_act": 16, "bn": 3}
+    assert all(set(row) == {"module", "pattern", "path", "reason"} for row in before)
+    assert {row["module"] for row in before} == {
+        name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
+    }
+    assert fusedres.explain(fusedres.fuse(model)).rows == before
+
+
+def test_explain_changes_nothing():
+    model = small()
+    types, attributes = [type(m) for m in model.modules()], [dict(vars(m)) for m in model.modules()]
+    fusedres.explain(model)
+    assert [type(m) for m in model.modules()] == types
+    assert [dict(vars(m)) for m in model.modules()] == attributes
+    fusedres.fuse(model)
+    types = [type(m) for m in model.modules()]
+    fusedres.explain(model)
+    assert [type(m) for m in model.modules()] == types
+
+
+def test_table_is_plain_aligned_text():
+    text = str(fusedres.explain(small()))
+    assert repr(fusedres.explain(small())) == text
+    lines = text.splitlines()
+    assert lines[0].split() == ["module", "pattern", "path", "reason"]
+    assert len(lines) == 21
+    start = lines[0].index("pattern")
+    assert all(line[start - 2 : start] == "  " and line[start] != " " for line in lines)
+    assert text.isascii()
+
+
+def test_nothing_to_fuse():
+    assert fusedres.explain(nn.Linear(2, 2)).rows == []
+    assert str(fusedres.explain(nn.Linear(2, 2))) == "module  pattern  path  reason"
+
+
+def test_path_and_reason(monkeypatch):
+    monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Dropout())
+    assert fusedres.explain(model).rows == [
+        {"module": "0", "pattern": "bn_act", "path": "reference", "reason": "FUSEDRES_BACKEND=reference"},
+        {"module": "2", "pattern": "bn", "path": "reference", "reason": "FUSEDRES_BACKEND=reference; followed by 3"},
+    ]
+    monkeypatch.setenv("FUSEDRES_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        fusedres.explain(model)
+
+
+def test_double_precision_takes_the_reference(monkeypatch):
+    monkeypatch.setenv("FUSEDRES_BACKEND", "auto")
+    rows = fusedres.explain(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()).double()).rows
+    assert rows[0]["path"] == "reference"
+    assert "kernel" in rows[0]["reason"]
+
+
+def test_norms_that_are_not_taken_over_are_eager():
+    model = nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU(), nn.BatchNorm3d(4), nn.BatchNorm2d(4, affine=False), nn.ReLU())
+    rows = rows_of(model)
+    assert [rows[name]["path"] for name in ("0", "2")] == ["eager", "eager"]
+    assert "SyncBatchNorm" in rows["0"]["reason"]
+    assert rows["3"]["pattern"] == "bn_act"
+
+
+def test_untraceable_block_names_itself_and_its_reason():
+    class Branching(zoo.ResBlock):
+        def forward(self, x):
+            return super().forward(x) if x.mean() > 0 else x
+
+    rows = rows_of(nn.Sequential(Branching(4, 4), zoo.ResBlock(4, 4)))
+    assert rows["0.batch_norm1"]["pattern"] == "bn"
+    assert rows["0.batch_norm1"]["reason"].endswith("0: forward cannot be traced: TraceError: " + TRACE_ERROR)
+    assert rows["1.batch_norm1"]["pattern"] == "bn_act"
+
+
+TRACE_ERROR = "symbolically traced variables cannot be used as inputs to control flow"
+
+
+def test_norms_without_calls_have_no_row():
+    block = zoo.HandBlock(4, 4)  # its batch_norm1 is never called
+    rows = fusedres.explain(block).rows
+    assert [(row["module"], row["pattern"]) for row in rows] == [
+        ("batch_norm2", "bn_act"),
+        ("batch_norm2", "bn_add_act"),
+    ]
+    assert type(fusedres.fuse(block).batch_norm1) is fusedres.nn.BatchNormAct2d
+
+
+def test_norms_in_containers_without_a_forward():
+    rows = fusedres.explain(nn.ModuleList([nn.BatchNorm2d(2)])).rows
+    assert [(row["module"], row["pattern"], row["reason"].split("; ")[-1]) for row in rows] == [
+        ("0", "bn", "no forward around it")
+    ]
+
+
+def test_modules_are_named_from_the_root_once():
+    block = zoo.ResBlock(4, 4)
+    model = nn.ModuleDict({"one": block, "two": nn.Sequential(block)})
+    assert {row["module"] for row in fusedres.explain(model).rows} == {"one.batch_norm1", "one.batch_norm2"}
+
+
+def test_user_built_modules_are_reported_as_they_are_called():
+    model = nn.Sequential(
+        fusedres.nn.BasicBlock(4, 4), fusedres.nn.BatchNormAct2d(4), fusedres.nn.BatchNormAct2d(4, act=None), nn.ReLU()
+    )
+    expected = {"0.bn1": "bn_act", "0.bn2": "bn_add_act", "1": "bn_act", "2": "bn_act"}
+    assert {name: row["pattern"] for name, row in rows_of(model).items()} == expected
+    fusedres.fuse(model)
+    assert {name: row["pattern"] for name, row in rows_of(model).items()} == expected
+    assert {name: row["pattern"] for name, row in rows_of(fusedres.unfuse(model)).items()} == expected
+
+
+def test_what_changed_since_is_said():
+    model = fusedres.fuse(small())
+    model.get_submodule("layer1.0").relu = nn.GELU()  # pyright: ignore[reportAttributeAccessIssue]
+    rows = rows_of(model)
+    assert rows["layer1.0.bn1"]["pattern"] == "bn"
+    assert rows["layer2.0.bn1"]["pattern"] == "bn_act"
+    block = model.get_submodule("layer2.0")
+    for note in ("new", "changed"):
+        block.note = note
+    assert rows_of(model)["layer2.0.bn1"]["pattern"] == "bn_act"
+    block.expansion = 1
+    row = rows_of(model)["layer2.0.bn1"]
+    assert row["pattern"] == "bn"
+    assert "changed" in row["reason"]
+
+
+def test_meta_and_buffer_free_norms():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.BatchNorm2d(4, affine=False, track_running_stats=False), nn.ReLU())
+    assert counts(fusedres.fuse(model)) == {"bn_act": 1}

@@ -8,6 +8,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # timings are of compiled kernels; tra
 
 import argparse
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +24,7 @@ from benchmarks.errors import BenchmarkError, fail
 from benchmarks.results import Row
 
 CONSOLE = Console()
+warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")  # by us, on purpose
 
 
 class _Parser(argparse.ArgumentParser):

@@ -105,7 +105,7 @@ def _cpu(folder: Path) -> str:
         "### On a CPU, at reduced size\n\n"
         "**These are not GPU timings.** On a CPU fusedres takes its reference path, which is eager PyTorch, so\n"
         "about 1.0x over eager channels-last is expected; what the run shows is that every provider computes the\n"
-        f"same thing and that conversion costs nothing.\n{_where(rows[0])}\n\n"
+        f"same thing and what conversion costs. One thread.\n{_where(rows[0])}\n\n"
         f"{_models_table(rows)}\n{_image(folder / 'models.jsonl', 'speed over eager channels-last')}"
     )
 

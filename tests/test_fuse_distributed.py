@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from zoo import TOLERANCE, assert_same_steps, counts, images, small
 
@@ -56,7 +58,7 @@ def test_fsdp(group):
     for candidate in (model, reference):
         candidate(x).backward(cotangent)
     for ours, its in zip(model.parameters(), reference.parameters(), strict=True):
-        assert ours.grad is not None
+        assert isinstance(ours.grad, DTensor)
         torch.testing.assert_close(ours.grad.full_tensor(), its.grad, **TOLERANCE)
     # A sharded block is of a class of FSDP's, under which fuse's stays; it still stands aside.
     for candidate in (model, reference):
@@ -77,7 +79,8 @@ def test_autocast_gives_eagers_dtypes(dtype, monkeypatch):
     outputs = []
     for candidate in (model, reference):
         seen: list[torch.dtype] = []
-        candidate.get_submodule("layer1").register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.dtype))
+        watched = candidate.get_submodule("layer1")
+        watched.register_forward_hook(functools.partial(lambda seen, _, args, out: seen.append(out.dtype), seen))
         with torch.autocast("cpu", dtype):
             out = candidate(x)
         outputs.append((out, seen))

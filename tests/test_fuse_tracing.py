@@ -237,6 +237,10 @@ def custom_function(self, x):
     return Double.apply(self.a(x))
 
 
+def calls_a_childs_forward(self, x):
+    return self.child.forward(self.a(x))
+
+
 class Decorated(Parts):
     @torch.no_grad()
     def forward(self, x):
@@ -248,6 +252,7 @@ UNTRACEABLE = [
     marks_its_child, branches_on_values, branches_on_shapes, branches_on_types, branches_by_is_tensor,
     loops_over_a_shape, logs, warns, writes, formats_for_something_else, names_by_a_value, aligns_a_text,
     without_gradients, partly_in_autocast, custom_function,
+    calls_a_childs_forward,
 ]  # fmt: skip
 
 

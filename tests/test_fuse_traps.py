@@ -173,6 +173,13 @@ def into_an_alias(self, x):
     return torch.relu(identity)
 
 
+def into_a_clone_that_is_printed(self, x):
+    identity = x.clone()
+    identity.add_(self.b(x))
+    print(identity.mean())
+    return torch.relu(identity)
+
+
 def into_a_norm_that_is_read(self, x):
     one = self.b(x)
     view = one.view(-1)
@@ -214,6 +221,7 @@ LEFT: dict[str, tuple[Callable[..., object], dict[str, int]]] = {
     "into the input": (into_the_input, {"bn": 1}),
     "into the input by a method": (into_the_input_by_method, {"bn": 1}),
     "into an alias of the input": (into_an_alias, {"bn": 1}),
+    "into a clone that is printed": (into_a_clone_that_is_printed, {"bn": 1}),
     "into a norm that is read": (into_a_norm_that_is_read, {"bn": 2}),
     "second name": (second_name, {"bn": 2}),
     "input changes": (input_changes_before_the_addition, {"bn": 1}),

@@ -109,7 +109,7 @@ class _Rewriter:
         changes = None
         if _is_in_place(add):
             changes = "norm" if add.args[0] is chain.last else "residual"
-        if changes == "residual" and not (self.values.is_fresh(residual) and self.values.readers(residual) == [add]):
+        if changes == "residual" and not self._is_spare(residual, add):
             return Call(name, "bn", "the addition changes its other operand, which is read elsewhere")
         if not self._can_wait(norm, input, add):
             return Call(name, "bn", "its input may change before the addition")
@@ -124,6 +124,11 @@ class _Rewriter:
         self._replace([*tail.nodes, act] if act else [add], fused)
         self._replace(chain.nodes, input)
         return Call(name, "bn_add_act" if act else "bn_add")
+
+    def _is_spare(self, value: fx.Node, reader: fx.Node) -> bool:
+        """Whether nobody can tell that ``reader`` does not change ``value``: it is new, and read nowhere else."""
+        others = [user for user in value.users if user is not reader and not self.values.reads_metadata(user)]
+        return self.values.is_fresh(value) and not others
 
     def _note(self, norm: fx.Node, act: fx.Node | None) -> None:
         self.result.norms.add(str(norm.target))

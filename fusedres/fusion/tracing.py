@@ -51,10 +51,12 @@ def trace(block: nn.Module, training: bool) -> fx.Graph:
         UntraceableError: the forward depends on values, has effects that a graph does not show, or is not Python.
     """
     modules = list(block.modules())
-    flags = [module.training for module in modules]
+    before = [_State(module) for module in modules]
     for module in modules:
-        module.__dict__["training"] = training
-    states = [_State(module) for module in modules]
+        vars(module)["training"] = training
+    for module in modules[1:]:
+        vars(module)["forward"] = _refuse_forward
+    during = [_State(module) for module in modules]
     try:
         tracer = _Tracer()
         graph = _trace(block, tracer)
@@ -67,13 +69,18 @@ def trace(block: nn.Module, training: bool) -> fx.Graph:
         first_line = (str(error).strip().splitlines() or [""])[0]
         raise UntraceableError(f"forward cannot be traced: {type(error).__name__}: {first_line}") from error
     finally:
-        changed = [name for state in states if (name := state.restore()) is not None]
-        for module, flag in zip(modules, flags, strict=True):
-            module.__dict__["training"] = flag
+        changed = [name for state in during if (name := state.restore()) is not None]
+        for state in before:
+            state.restore()
     if changed:
         raise UntraceableError(f"forward changes the attribute {changed[0]!r}")
     _check(graph)
     return graph
+
+
+def _refuse_forward(*args: Any, **kwargs: Any) -> Any:
+    """In place of the children's: run inside their parent's, they would have their own mode baked in."""
+    raise UntraceableError("forward calls the forward of a child, past its hooks")
 
 
 def _trace(block: nn.Module, tracer: _Tracer) -> fx.Graph:

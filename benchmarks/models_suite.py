@@ -79,7 +79,6 @@ def run(
     device: torch.device, providers: list[Provider], chosen: list[Workload], *, seconds_limit: float
 ) -> Iterator[Row]:
     """Measure; workloads not begun after ``seconds_limit`` come out as rows that say so."""
-    torch.compiler.config.force_disable_caches = True  # or the first step would not show the compile time
     if device.type == "cpu":
         torch.set_num_threads(1)  # more threads wait for each other wherever the machine has other work
     deadline = time.monotonic() + seconds_limit
@@ -90,7 +89,9 @@ def run(
             for mode, batch in workload.cases():
                 for provider in entrants:
                     yield _row(workload, mode, batch, provider, device, "not measured", note="out of time")
-        else:
+            continue
+        # Without caches the first step shows the compile time.
+        with torch.compiler.config.patch(force_disable_caches=True):  # pyright: ignore[reportAttributeAccessIssue]
             yield from _Measurement(workload, entrants, device).rows()
 
 

@@ -7,6 +7,7 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)  # timings are of compiled kernels; traffic sets it for its own processes
 
 import argparse
+import sys
 import time
 import warnings
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from benchmarks.environment import folder_name, resolve_device
 from benchmarks.errors import BenchmarkError, fail
 from benchmarks.results import Row
 
-CONSOLE = Console()
+CONSOLE = Console(width=None if sys.stdout.isatty() else 150)
 warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")  # by us, on purpose
 
 
@@ -116,7 +117,7 @@ def _traffic(folder: Path) -> bool:
     for row in rows:
         figures = row.figures
         table.add_row(
-            str(tuple(row.shape)), row.layout, row.workload, row.mode, f"{figures['launches']:.0f}",
+            "x".join(map(str, row.shape)), row.layout, row.workload, row.mode, f"{figures['launches']:.0f}",
             f"{figures['passes']:.4g}", f"{figures['budget_passes']:.5g}", f"{figures['aten_passes']:.4g}",
             f"{100 * (figures['vector_share'] or 0):.1f}%", row.status,
         )  # fmt: skip

@@ -139,7 +139,9 @@ def _check(tensors: dict[str, Any], results: dict[str, list[Tensor]]) -> dict[st
     for phase, expected in exact.items():
         right[phase] = True
         for actual, peer, reference in zip(results[phase], eager[phase], expected, strict=True):
-            keep = decided if phase == "backward" and actual.dim() == 4 else torch.ones_like(reference, dtype=torch.bool)
+            keep = (
+                decided if phase == "backward" and actual.dim() == 4 else torch.ones_like(reference, dtype=torch.bool)
+            )
             limits = [allowed(e, DTYPE) for e in errors(peer[keep], reference[keep])]
             found = errors(actual[keep], reference[keep])
             right[phase] &= all(f <= limit for f, limit in zip(found, limits, strict=True))

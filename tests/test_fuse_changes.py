@@ -111,6 +111,48 @@ def test_a_block_changed_after_fuse_does_what_it_then_says(change):
     assert ("bn_add_act" in counts(block)) == (change == "convolution")
 
 
+def test_fusing_again_after_a_change():
+    block = fusedres.fuse(randomise(nn.Sequential(zoo.conv(3, 4), nn.BatchNorm2d(4), nn.ReLU())))
+    block.register_module("2", nn.Tanh())
+    fusedres.fuse(block)
+    assert type(block) is nn.Sequential
+    block.register_module("2", nn.ReLU())
+    assert counts(fusedres.fuse(block)) == {"bn_act": 1}
+    assert type(block) is not nn.Sequential
+
+
+class Nested(nn.Module):
+    """Norms and activations in containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.acts = nn.ModuleDict({"relu": nn.ReLU()})
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = self.acts["relu"](norm(x))
+        return x
+
+
+def test_modules_replaced_in_containers():
+    block = randomise(Nested())
+    reference, x = copy.deepcopy(block), images(2, 4, 5, 5)
+    fusedres.fuse(block)
+    assert counts(block) == {"bn_act": 2}
+    assert_same_steps(block, reference, x)
+    for candidate in (block, reference):
+        candidate.get_submodule("acts").register_module("relu", nn.Tanh())
+    assert_same_steps(block, reference, x)
+    fusedres.fuse(block)
+    for candidate in (block, reference):
+        candidate.get_submodule("acts").register_module("relu", nn.ReLU())
+    fusedres.fuse(block)
+    for candidate in (block, reference):
+        delattr(candidate.get_submodule("norms"), "1")
+    assert_same_steps(block, reference, x)
+
+
 def test_replacing_the_classifier_keeps_the_stem_fused():
     model = fusedres.fuse(small())
     model.fc = nn.Linear(128, 3).double()

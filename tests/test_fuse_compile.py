@@ -90,7 +90,7 @@ def test_export_with_a_dynamic_batch():
     torch.testing.assert_close(exported.module()(x), model(x), **TOLERANCE)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_torch_jit_trace():
     model, x = fusedres.fuse(small()).eval(), images()
     traced = torch.jit.trace(model, (x,))

@@ -424,7 +424,7 @@ def test_wrappers_and_generated_modules_keep_working():
 def test_others_models_do_not_raise():
     zoo.torchvision_models()  # timm imports it
     timm = pytest.importorskip("timm")
-    for name, shape in (("resnet18", 32), ("seresnet18", 32), ("efficientnet_b0", 32), ("resnest14d", 64)):
+    for name, shape in (("resnet18", 32), ("efficientnet_b0", 32)):
         model = timm.create_model(name, num_classes=3).double().eval()
         reference = copy.deepcopy(model)
         x = images(1, 3, shape, shape)

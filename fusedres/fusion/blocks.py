@@ -20,8 +20,6 @@ from fusedres.fusion.runtime import is_changed
 from fusedres.fusion.tracing import UntraceableError, parameters
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-
-
 _serial = itertools.count()
 _FORWARD = """
 def forward(self, {parameters}):
@@ -201,7 +199,8 @@ def _rebuild(original: type[nn.Module], code: Code, constructor: Callable[..., A
 
 
 def _path(target: str) -> str:
-    return "self" + "".join(f"._modules[{name!r}]" for name in target.split("."))
+    *parents, name = target.split(".")
+    return "self" + "".join(f"._modules[{parent!r}]" for parent in parents) + f"._modules.get({name!r})"
 
 
 def _is_same(old: Any, new: Any) -> bool:

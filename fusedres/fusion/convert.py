@@ -40,8 +40,10 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
             as_batch_norm_act(norm, act=None)
             setattr(norm, _TAKEN, True)
     for plan in plans:
+        if plan.reason:
+            continue
+        _restore(plan.block)
         if plan.code is not None:
-            _restore(plan.block)
             with contextlib.suppress(TypeError):  # a class with a memory layout of its own keeps its forward
                 install(plan.block, plan.code)
     return model

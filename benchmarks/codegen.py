@@ -8,12 +8,16 @@ wheel carries all the tools used: ptxas and cuobjdump for NVIDIA, LLVM for AMD. 
 from __future__ import annotations
 
 import functools
+import json
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,15 +62,16 @@ class Launch:
 class Code:
     """What a compiled kernel uses: registers and spills a thread, shared memory a program, access widths.
 
-    ``loads`` and ``stores`` are the distinct widths in bits of its global accesses.
+    ``loads`` and ``stores`` count its global access instructions by width in bits. ``fenced`` is whether a
+    barrier of the whole program stands between its last store and its atomic, ``None`` without an atomic.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
-    loads: tuple[int, ...]
-    stores: tuple[int, ...]
-    text: str
+    loads: dict[int, int]
+    stores: dict[int, int]
+    fenced: bool | None
 
 
 @contextmanager
@@ -124,17 +129,16 @@ def _read_nvidia(compiled: Any) -> Code:
         ).stdout
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
-    return Code(
-        numbers["REG"], numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared, *_ptx_widths(ptx), ptx
-    )  # fmt: skip
-
-
-def _ptx_widths(ptx: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    widths = []
-    for instruction in ("ld", "st"):
-        found = re.findall(rf"\b{instruction}\.global[\w:.]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
-        widths.append(tuple(sorted({int(vector or 1) * int(bits) for vector, bits in found})))
-    return widths[0], widths[1]
+    loads, stores = (
+        Counter(
+            int(vector or 1) * int(bits)
+            for vector, bits in re.findall(rf"\b{instruction}\.global[\w:.]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+        )
+        for instruction in ("ld", "st")
+    )
+    fenced = _fenced(ptx, atomic=r"\batom\.[\w.]*acq_rel", store=r"\bst\.global", barrier=r"\bbar\.sync")
+    spills = numbers["STACK"] + numbers["LOCAL"]
+    return Code(numbers["REG"], spills, compiled.metadata.shared, dict(loads), dict(stores), fenced)
 
 
 def _read_amd(compiled: Any) -> Code:
@@ -143,10 +147,90 @@ def _read_amd(compiled: Any) -> Code:
     def number(key: str) -> int:
         return sum(int(value) for value in re.findall(rf"\.{key}:\s+(\d+)", text))
 
-    widths = []
-    for instruction in ("load", "store"):
-        found = re.findall(rf"(?:buffer|global)_{instruction}_(dwordx4|dwordx2|dword|short|ushort|byte|ubyte)", text)
-        bits = {"dwordx4": 128, "dwordx2": 64, "dword": 32, "short": 16, "ushort": 16, "byte": 8, "ubyte": 8}
-        widths.append(tuple(sorted({bits[name] for name in found})))
+    bits = {"dwordx4": 128, "dwordx2": 64, "dword": 32, "short": 16, "ushort": 16, "byte": 8, "ubyte": 8}
+    loads, stores = (
+        Counter(bits[width] for width in re.findall(rf"(?:buffer|global)_{instruction}_({'|'.join(bits)})\b", text))
+        for instruction in ("load", "store")
+    )
+    memory = "(?:buffer|global)"
+    fenced = _fenced(text, atomic=f"{memory}_atomic_add", store=f"{memory}_store", barrier="s_barrier")
     spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
-    return Code(number("vgpr_count"), spills, compiled.metadata.shared, widths[0], widths[1], text)
+    return Code(number("vgpr_count"), spills, compiled.metadata.shared, dict(loads), dict(stores), fenced)
+
+
+def _fenced(text: str, *, atomic: str, store: str, barrier: str) -> bool | None:
+    """Whether every atomic has a barrier behind the last store before it."""
+    ends = [match.start() for match in re.finditer(atomic, text)]
+    if not ends:
+        return None
+
+    def last(pattern: str, end: int) -> int:
+        return max((match.start() for match in re.finditer(pattern, text[:end])), default=-1)
+
+    return all(last(barrier, end) > last(store, end) for end in ends)
+
+
+WORKLOADS = (
+    # The first needs two launches, the second fits on-chip; 67 channels allow no wide access.
+    ((8, 64, 56, 56), True),
+    ((8, 64, 56, 56), False),
+    ((4, 256, 14, 14), True),
+    ((4, 256, 14, 14), False),
+    ((8, 67, 56, 56), True),
+    ((2, 67, 14, 14), True),
+)
+
+
+def batch_norm_launches(
+    shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool, residual: bool, training: bool
+) -> list[Launch]:
+    """The launches of one layer's forward and backward, ReLU included."""
+    from fusedres.kernels.batch_norm_backward import Gradients, batch_norm_act_backward
+    from fusedres.kernels.batch_norm_forward import batch_norm_act_forward, batch_norm_act_inference_forward
+
+    x = torch.empty(shape, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    other = torch.empty_like(x) if residual else None
+    vector = torch.empty(shape[1])
+    with recorded_launches() as launches:
+        if training:
+            count = torch.tensor(0)
+            out, stats, mask = batch_norm_act_forward(
+                x, other, vector, vector, vector, vector, count, 0.1, 1e-5, "relu", residual
+            )
+        else:
+            out, stats, mask = batch_norm_act_inference_forward(
+                x, other, vector, vector, vector, vector, 1e-5, "relu", True, residual
+            )
+        wanted = Gradients(torch.empty_like(x), other, vector, vector)
+        batch_norm_act_backward(out, x, mask if residual else None, stats, "relu", not training, wanted)
+    return launches
+
+
+def report(arch: str, dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]:
+    """One row for every distinct launch of ``WORKLOADS`` on ``arch``."""
+    seen = set()
+    for (shape, channels_last), dtype, residual, training in product(WORKLOADS, dtypes, (True, False), (True, False)):
+        for launch in batch_norm_launches(
+            shape, dtype, channels_last=channels_last, residual=residual, training=training
+        ):
+            if launch in seen:
+                continue
+            seen.add(launch)
+            constants = dict(launch.constexprs)
+            yield {
+                "kernel": launch.name,
+                "arch": arch,
+                "dtype": str(dtype).removeprefix("torch."),
+                "layout": "channels-last" if channels_last else "NCHW",
+                "align": constants["ALIGN"],
+                "threads": launch.num_warps * TARGETS[arch].warp_size,
+                "tile": constants["BLOCK_M"] * constants["BLOCK_C"],
+                "tensors": [name for name, kind in launch.signature if kind != "constexpr"],
+                **asdict(compile_launch(launch, arch)),
+            }
+
+
+if __name__ == "__main__":
+    for row in report(sys.argv[1], [getattr(torch, name) for name in sys.argv[2:]]):
+        print(json.dumps(row))

@@ -21,16 +21,20 @@ def _aligned_extents(M, C, S, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def _tile_offsets(row0, offs_c, C, S, BLOCK_M: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Element offsets [BLOCK_M, BLOCK_C] of the rows from ``row0`` (int64) on and the channels ``offs_c``."""
+    """Where the rows from ``row0`` (int64) on and the channels ``offs_c`` are: a scalar base and [BLOCK_M, BLOCK_C].
+
+    The base is apart because the offsets from it fit 32 bits in channels-last, which halves their registers.
+    """
     offs_m = tl.arange(0, BLOCK_M)
     if CHANNELS_LAST:
-        offsets = (row0 + offs_m)[:, None] * C + offs_c[None, :]
+        base = row0 * C
+        offsets = offs_m[:, None] * C + offs_c[None, :]
     else:
         n0 = row0 // S
         s = (row0 - n0 * S).to(tl.int32) + offs_m
-        n = n0 + s // S
-        offsets = (n * C)[:, None] * S + (offs_c[None, :].to(tl.int64) * S + (s % S)[:, None])
-    return offsets
+        base = n0 * C * S
+        offsets = ((s // S).to(tl.int64) * C)[:, None] * S + (offs_c[None, :].to(tl.int64) * S + (s % S)[:, None])
+    return base, offsets
 
 
 @triton.jit

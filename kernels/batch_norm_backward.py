@@ -43,15 +43,15 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def _gradient_tile(
-    dy_ptr, x_ptr, mask_ptr, mean, scale, shift, offsets, mask, row0, offs_c, M, C,
+    dy_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
     RELU: tl.constexpr, NEEDS_X: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """(g, x − mean) of one tile; the second is not loaded, and 0, unless NEEDS_X."""
-    g = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dy_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     x_centred = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     if NEEDS_X:
-        x_centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        x_centred = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
     if RELU:
         if mask_ptr is not None:
             offs_b, valid_b = _mask_offsets(row0, offs_c, M, C, BLOCK_M, CHANNELS_LAST)
@@ -92,15 +92,15 @@ def _batch_norm_bwd_reduce_kernel(
     sum_gx = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     for row0 in range(pid_m.to(tl.int64) * BLOCK_M, M, programs * BLOCK_M):
         mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
-        offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+        base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
         g, x_centred = _gradient_tile(
-            dy_ptr, x_ptr, mask_ptr, mean, scale, shift, offsets, mask, row0, offs_c, M, C,
+            dy_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
             RELU, SUMS or mask_ptr is None, CHANNELS_LAST, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
+            tl.store(dresidual_ptr + base + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if dx_ptr is not None:  # frozen statistics
-            tl.store(dx_ptr + offsets, (g * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
+            tl.store(dx_ptr + base + offsets, (g * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
         sum_g += g
         sum_gx += g * x_centred
 
@@ -153,13 +153,13 @@ def _batch_norm_bwd_apply_kernel(
     first = pid_m.to(tl.int64) * (TILES * BLOCK_M)
     for row0 in range(first, tl.minimum(first + TILES * BLOCK_M, M), BLOCK_M):
         mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
-        offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+        base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
         g, x_centred = _gradient_tile(
-            g_ptr, x_ptr, mask_ptr, mean, scale, shift, offsets, mask, row0, offs_c, M, C,
+            g_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
             RELU, True, CHANNELS_LAST, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         dx = scale[None, :] * (g - mean_g[None, :] - x_centred * mean_gx[None, :])
-        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
@@ -179,13 +179,13 @@ def _batch_norm_bwd_on_chip_kernel(
 
     row0 = tl.full([], 0, dtype=tl.int64)
     mask = (tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
-    offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+    base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
     g, x_centred = _gradient_tile(
-        dy_ptr, x_ptr, mask_ptr, mean, scale, shift, offsets, mask, row0, offs_c, M, C,
+        dy_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
         RELU, True, CHANNELS_LAST, BLOCK_M, BLOCK_C,
     )  # fmt: skip
     if dresidual_ptr is not None:
-        tl.store(dresidual_ptr + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        tl.store(dresidual_ptr + base + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
     sum_g = _sum_rows(g)
     sum_gx = _sum_rows(g * x_centred)
     _store_parameter_gradients(sum_g, sum_gx, rstd, dweight_ptr, dbias_ptr, offs_c, mask_c)
@@ -193,7 +193,7 @@ def _batch_norm_bwd_on_chip_kernel(
         mean_g = sum_g / M.to(tl.float32)
         mean_gx = rstd * rstd * (sum_gx / M.to(tl.float32))
         dx = scale[None, :] * (g - mean_g[None, :] - x_centred * mean_gx[None, :])
-        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def batch_norm_bwd_reduce(

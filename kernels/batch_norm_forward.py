@@ -122,8 +122,8 @@ def _batch_norm_fwd_stats_kernel(
     m2 = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     for row0 in range(pid_m.to(tl.int64) * BLOCK_M, M, programs * BLOCK_M):
         mask_m = (row0 + tl.arange(0, BLOCK_M) < M)[:, None]
-        offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
-        x = tl.load(x_ptr + offsets, mask=mask_m & mask_c[None, :], other=0.0).to(tl.float32)
+        base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+        x = tl.load(x_ptr + base + offsets, mask=mask_m & mask_c[None, :], other=0.0).to(tl.float32)
         count, mean, m2 = _chan_merge(count, mean, m2, mask_m.to(tl.float32), x, 0.0)
     mean_c, m2_c = _chan_reduce(count, mean, m2)
 
@@ -144,20 +144,20 @@ def _batch_norm_fwd_stats_kernel(
 
 @triton.jit
 def _finish_tile(
-    x_centred, scale, shift, residual_ptr, y_ptr, mask_ptr, offsets, mask, row0, offs_c, M, C,
+    x_centred, scale, shift, residual_ptr, y_ptr, mask_ptr, base, offsets, mask, row0, offs_c, M, C,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Affine map, residual, ReLU and stores of one tile."""
     z = _normalise(x_centred, scale, shift)
     if residual_ptr is not None:
-        z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        z += tl.load(residual_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         keep = _positive(z, y_ptr.dtype.element_ty)
         z = tl.where(keep, z, 0.0)
         if mask_ptr is not None:
             offs_b, valid_b = _mask_offsets(row0, offs_c, M, C, BLOCK_M, CHANNELS_LAST)
             tl.store(mask_ptr + offs_b, _pack_bits(keep, BLOCK_M, BLOCK_C), mask=valid_b)
-    tl.store(y_ptr + offsets, z.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + base + offsets, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
@@ -186,10 +186,10 @@ def _batch_norm_fwd_apply_kernel(
     first = pid_m.to(tl.int64) * (TILES * BLOCK_M)
     for row0 in range(first, tl.minimum(first + TILES * BLOCK_M, M), BLOCK_M):
         mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
-        offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
-        x_centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+        x_centred = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
         _finish_tile(
-            x_centred, scale, shift, residual_ptr, y_ptr, mask_ptr, offsets, mask, row0, offs_c, M, C,
+            x_centred, scale, shift, residual_ptr, y_ptr, mask_ptr, base, offsets, mask, row0, offs_c, M, C,
             RELU, CHANNELS_LAST, BLOCK_M, BLOCK_C,
         )  # fmt: skip
 
@@ -208,8 +208,8 @@ def _batch_norm_fwd_on_chip_kernel(
     row0 = tl.full([], 0, dtype=tl.int64)
     mask_m = (tl.arange(0, BLOCK_M) < M)[:, None]
     mask = mask_m & mask_c[None, :]
-    offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
+    x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     mean, m2 = _chan_reduce(mask_m.to(tl.float32), x, 0.0)
     var = m2 / M.to(tl.float32)
     scale, shift = _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
@@ -218,7 +218,7 @@ def _batch_norm_fwd_on_chip_kernel(
         tl.num_programs(0), momentum, offs_c, mask_c,
     )  # fmt: skip
     _finish_tile(
-        x - mean[None, :], scale, shift, residual_ptr, y_ptr, mask_ptr, offsets, mask, row0, offs_c, M, C,
+        x - mean[None, :], scale, shift, residual_ptr, y_ptr, mask_ptr, base, offsets, mask, row0, offs_c, M, C,
         RELU, CHANNELS_LAST, BLOCK_M, BLOCK_C,
     )  # fmt: skip
 

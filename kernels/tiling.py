@@ -8,6 +8,7 @@ from fusedres.kernels.layout import Rows
 
 TILE_ELEMENTS = 4096  # 16 a thread at 8 warps: two 128-bit loads in flight in 16 bits, four in float32
 ON_CHIP_ELEMENTS = 16384  # 32 a thread at 16 warps; a backward tile keeps two of these in registers
+NARROW = 4  # elements are fewer by this where accesses are not 128 bits wide: each then has an address of its own
 MIN_ROWS = 128  # rows a program handles at least, so that per-channel vectors stay under 5% of its traffic
 MAX_CHANNEL_TILES = 16383  # one arrival counter each, and one for the launch
 PROGRAMS_PER_SM = 4
@@ -46,19 +47,25 @@ def _block_c(view: Rows, wanted: int) -> int:
     return max(min(wanted, next_power_of_2(view.C)), next_power_of_2(cdiv(view.C, MAX_CHANNEL_TILES)))
 
 
+def _narrow(view: Rows, itemsize: int) -> int:
+    return 1 if view.align * itemsize >= 16 else NARROW
+
+
 def _tile(view: Rows, itemsize: int) -> tuple[int, int]:
     """(block_m, block_c): two sectors (64 bytes) of channels when they are contiguous, else up to 1024 rows.
 
-    64 bytes put all eight rows of a mask byte into one warp; at 128 they cross warps, through shared memory."""
+    64 bytes put all eight rows of a mask byte into one warp; at 128 they cross warps, through shared memory.
+    """
+    elements = TILE_ELEMENTS // _narrow(view, itemsize)
     if view.channels_last:
         block_c = _block_c(view, 64 // itemsize)
-        return max(8, min(TILE_ELEMENTS // block_c, next_power_of_2(view.M))), block_c
+        return max(8, min(elements // block_c, next_power_of_2(view.M))), block_c
     block_m = max(8, min(1024, next_power_of_2(view.M)))
-    return block_m, _block_c(view, max(1, TILE_ELEMENTS // block_m))
+    return block_m, _block_c(view, max(1, elements // block_m))
 
 
-def _num_warps(elements: int, per_thread: int) -> int:
-    return max(1, min(16, elements // (32 * per_thread)))
+def _num_warps(view: Rows, itemsize: int, elements: int, per_thread: int) -> int:
+    return max(1, min(16, elements * _narrow(view, itemsize) // (32 * per_thread)))
 
 
 def elementwise(view: Rows, itemsize: int) -> Tiling:
@@ -68,7 +75,7 @@ def elementwise(view: Rows, itemsize: int) -> Tiling:
     return Tiling(
         block_m,
         block_c,
-        _num_warps(block_m * block_c, 16),
+        _num_warps(view, itemsize, block_m * block_c, 16),
         cdiv(view.M, tiles * block_m),
         cdiv(view.C, block_c),
         tiles,
@@ -84,7 +91,7 @@ def reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
     return Tiling(
         block_m,
         block_c,
-        _num_warps(block_m * block_c, 16),
+        _num_warps(view, itemsize, block_m * block_c, 16),
         programs,
         channel_tiles,
         cdiv(cdiv(view.M, block_m), programs),
@@ -98,6 +105,6 @@ def on_chip(view: Rows, itemsize: int) -> Tiling | None:
     """
     block_m = max(8, next_power_of_2(view.M))
     block_c = _block_c(view, 32 // itemsize if view.channels_last else max(1, 1024 // block_m))
-    if block_m * block_c > ON_CHIP_ELEMENTS:
+    if block_m * block_c > ON_CHIP_ELEMENTS // _narrow(view, itemsize):
         return None
-    return Tiling(block_m, block_c, _num_warps(block_m * block_c, 32), 1, cdiv(view.C, block_c), 1)
+    return Tiling(block_m, block_c, _num_warps(view, itemsize, block_m * block_c, 32), 1, cdiv(view.C, block_c), 1)

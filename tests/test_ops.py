@@ -32,8 +32,19 @@ def test_opcheck_training(device, residual, grad):
     t = operator_arguments(device, residual=residual, grad=grad)
     torch.library.opcheck(
         torch.ops.fusedres.batch_norm_act.default,
-        (t.input, t.residual, t.weight, t.bias, t.running_mean, t.running_var, t.num_batches_tracked, 0.1, 1e-5)
-        + ("relu", grad),
+        (
+            t.input,
+            t.residual,
+            t.weight,
+            t.bias,
+            t.running_mean,
+            t.running_var,
+            t.num_batches_tracked,
+            0.1,
+            1e-5,
+            "relu",
+            grad,
+        ),
     )
 
 
@@ -58,18 +69,16 @@ def test_opcheck_backward(device, frozen):
     )
 
 
-def test_saved_for_backward(device):
+@pytest.mark.parametrize("residual", [True, False])
+def test_saved_for_backward(device, residual):
     """The input, the statistics, and a bit an element only where a residual needs it."""
-    for residual in (True, False):
-        t = operator_arguments(device, torch.bfloat16, residual=residual, grad=True)
-        saved: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-            batch_norm_act(
-                t.input, t.running_mean, t.running_var, t.weight, t.bias, True, residual=t.residual, act="relu"
-            )
-        mask_bytes = (3 * 5 * 3 + 7) // 8 * 4 if residual else 0
-        assert sum(x.numel() * x.itemsize for x in saved) == t.input.numel() * 2 + 4 * 4 * 4 + mask_bytes
-        assert any(x.data_ptr() == t.input.data_ptr() for x in saved)
+    t = operator_arguments(device, torch.bfloat16, residual=residual, grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        batch_norm_act(t.input, t.running_mean, t.running_var, t.weight, t.bias, True, residual=t.residual, act="relu")
+    mask_bytes = (3 * 5 * 3 + 7) // 8 * 4 if residual else 0
+    assert sum(x.numel() * x.itemsize for x in saved) == t.input.numel() * 2 + 4 * 4 * 4 + mask_bytes
+    assert any(x.data_ptr() == t.input.data_ptr() for x in saved)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -1,0 +1,80 @@
+"""Real code for every named architecture, generated without a GPU: spills, access widths, ordering."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.codegen, pytest.mark.floor]
+ROOT = Path(__file__).parent.parent
+DTYPES = {
+    "sm_80": ["float16"],
+    "sm_89": ["bfloat16"],
+    "sm_90": ["bfloat16", "float32"],
+    "sm_100": ["bfloat16"],
+    "gfx942": ["bfloat16"],
+}
+ACTIVATIONS = ("x_ptr", "residual_ptr", "dy_ptr", "g_ptr")
+OUTPUTS = ("y_ptr", "dx_ptr", "dresidual_ptr")
+
+
+@functools.cache
+def code(arch: str) -> list[dict[str, Any]]:
+    """Compiled in another process: in this one kernels may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.codegen", arch, *DTYPES[arch]]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("arch", DTYPES)
+def test_generated_code(arch):
+    rows = code(arch)
+    assert {row["kernel"] for row in rows} >= {
+        "_batch_norm_fwd_stats_kernel",
+        "_batch_norm_fwd_apply_kernel",
+        "_batch_norm_fwd_on_chip_kernel",
+        "_batch_norm_bwd_reduce_kernel",
+        "_batch_norm_bwd_apply_kernel",
+        "_batch_norm_bwd_on_chip_kernel",
+    }
+    for row in rows:
+        _check_resources(row)
+        _check_widths(row)
+
+
+def _check_resources(row: dict[str, Any]) -> None:
+    assert row["spill_bytes"] == 0, row
+    # Two programs a multiprocessor at least: 65,536 registers on NVIDIA, 512 a lane of each SIMD on AMD.
+    if not row["arch"].startswith("gfx"):
+        assert row["registers"] * row["threads"] <= 65536, row
+    atomics = "_stats_" in row["kernel"] or "_reduce_" in row["kernel"]
+    if atomics and row["fenced"] is not None:
+        assert row["fenced"], row
+
+
+def _check_widths(row: dict[str, Any]) -> None:
+    """As many 128-bit accesses a thread as its share of the tile in every activation needs."""
+    bits = 32 if row["dtype"] == "float32" else 16
+    if row["align"] * bits < 128:  # odd C, or planes of 14x14: rows do not begin at multiples of 16 bytes
+        return
+    share = row["tile"] * bits // (row["threads"] * 128)
+    loads = share * sum(name in row["tensors"] for name in ACTIVATIONS)
+    stores = share * sum(name in row["tensors"] for name in OUTPUTS)
+    assert row["loads"].get("128", 0) >= loads, row
+    assert row["stores"].get("128", 0) >= stores, row
+
+
+def test_ordering_is_checked_where_it_matters():
+    """The reductions publish partial results, so they must contain the atomic and the barrier before it."""
+    for row in code("sm_90"):
+        if "_stats_" in row["kernel"]:
+            assert row["fenced"] is True, row

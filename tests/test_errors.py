@@ -1,0 +1,83 @@
+"""Bad input is refused by name and value, before anything is launched or updated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedres.functional import batch_norm_act
+from fusedres.nn import BasicBlock, BatchNormAct2d, as_batch_norm_act
+
+
+def arguments(**changes):
+    given = {
+        "input": torch.randn(2, 3, 4, 4),
+        "running_mean": torch.zeros(3),
+        "running_var": torch.ones(3),
+        "weight": torch.ones(3),
+        "bias": torch.zeros(3),
+        "training": True,
+        "num_batches_tracked": torch.tensor(0),
+    }
+    return given | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"act": "gelu"}, ValueError, "act must be .*'gelu'"),
+        ({"act": True}, ValueError, "act must be"),
+        ({"input": torch.ones(2, 3, 4, 4, dtype=torch.int32)}, TypeError, r"input .* torch\.int32"),
+        ({"input": torch.randn(3)}, ValueError, r"input .*2 dimensions.*\(3,\)"),
+        ({"residual": torch.randn(2, 3, 4, 5)}, ValueError, r"residual .*\(2, 3, 4, 4\).*\(2, 3, 4, 5\)"),
+        ({"residual": torch.randn(1, 3, 1, 1)}, ValueError, "residual"),
+        ({"residual": torch.ones(2, 3, 4, 4, dtype=torch.int64)}, TypeError, r"residual .*torch\.int64"),
+        ({"residual": torch.empty(2, 3, 4, 4, device="meta")}, ValueError, "residual must be on cpu, got meta"),
+        ({"weight": torch.ones(4)}, ValueError, r"weight must have shape \(3,\), got \(4,\)"),
+        ({"bias": torch.ones(1, 3)}, ValueError, r"bias must have shape \(3,\), got \(1, 3\)"),
+        ({"weight": torch.ones(3, dtype=torch.float64)}, TypeError, r"weight .*torch\.float64"),
+        ({"bias": torch.ones(3, dtype=torch.int64)}, TypeError, r"bias .*torch\.int64"),
+        ({"weight": torch.ones(3, device="meta")}, ValueError, "weight must be on cpu, got meta"),
+        ({"running_mean": torch.zeros(2)}, ValueError, r"running_mean must have shape \(3,\), got \(2,\)"),
+        ({"running_var": torch.zeros(7)}, ValueError, r"running_var must have shape \(3,\), got \(7,\)"),
+        ({"running_mean": None}, ValueError, "running_mean and running_var"),
+        ({"running_mean": None, "running_var": None, "training": False}, ValueError, "training is False"),
+        ({"input": torch.randn(1, 3, 1, 1)}, ValueError, r"more than 1 value per channel.*\(1, 3, 1, 1\)"),
+        ({"momentum": None, "num_batches_tracked": None}, ValueError, "num_batches_tracked"),
+        ({"num_batches_tracked": torch.zeros(2, dtype=torch.int64)}, ValueError, "num_batches_tracked"),
+        ({"num_batches_tracked": torch.tensor(0.5)}, ValueError, "num_batches_tracked"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_batch_norm_act(monkeypatch, backend, changes, error, message):
+    monkeypatch.setenv("FUSEDRES_BACKEND", backend)
+    given = arguments(**changes)
+    before = {name: t.clone() for name, t in given.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
+    with pytest.raises(error, match=message):
+        batch_norm_act(**given)
+    for name, tensor in before.items():
+        assert torch.equal(given[name], tensor), name
+
+
+def test_module():
+    with pytest.raises(ValueError, match="act must be"):
+        BatchNormAct2d(3, act="gelu")
+    module = BatchNormAct2d(3)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        module(torch.randn(2, 3, 4))
+    with pytest.raises(ValueError, match="residual must have shape"):
+        module(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 1))
+    with pytest.raises(ValueError, match="act must be"):
+        module(torch.randn(2, 3, 4, 4), act="gelu")
+
+
+def test_blocks():
+    with pytest.raises(ValueError, match="groups=1 and base_width=64, got 2 and 64"):
+        BasicBlock(4, 4, groups=2)
+    with pytest.raises(NotImplementedError, match="dilation=1, got 2"):
+        BasicBlock(4, 4, dilation=2)
+    with pytest.raises(TypeError, match="GroupNorm"):
+        BasicBlock(4, 4, norm_layer=lambda planes: torch.nn.GroupNorm(2, planes))
+    with pytest.raises(TypeError, match="Identity"):
+        as_batch_norm_act(torch.nn.Identity(), None)

@@ -1,0 +1,61 @@
+"""Launch configurations: every element covered once, within the limits of the hardware."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusedres.kernels import tiling
+from fusedres.kernels.layout import Rows
+
+pytestmark = pytest.mark.floor
+
+views = st.builds(
+    lambda n, c, s, last: Rows(n * s, c, s, last),
+    st.integers(1, 1 << 20), st.integers(1, 1 << 20), st.integers(1, 1 << 14), st.booleans(),
+)  # fmt: skip
+itemsizes = st.sampled_from([2, 4])
+
+
+def check(view: Rows, config: tiling.Tiling) -> None:
+    for extent in (config.block_m, config.block_c, config.num_warps):
+        assert extent & (extent - 1) == 0
+    assert config.block_m >= 8  # a byte of the mask holds eight rows
+    assert config.num_warps <= 16
+    assert config.channel_tiles * config.block_c >= view.C
+    assert config.channel_tiles <= tiling.MAX_CHANNEL_TILES
+
+
+@given(views, itemsizes)
+def test_elementwise(view, itemsize):
+    config = tiling.elementwise(view, itemsize)
+    check(view, config)
+    rows = config.tiles * config.block_m
+    assert config.programs * rows >= view.M > (config.programs - 1) * rows
+
+
+@given(views, itemsizes, st.sampled_from([1, 108, 132, 304]))
+def test_reduction(view, itemsize, num_sms):
+    config = tiling.reduction(view, itemsize, num_sms)
+    check(view, config)
+    row_tiles = tiling.cdiv(view.M, config.block_m)
+    assert 1 <= config.programs <= row_tiles  # no program without rows: the merge divides by their counts
+    # Partial results stay small beside the activation.
+    assert config.programs == 1 or view.M // config.programs >= 2 * tiling.MIN_ROWS
+
+
+@given(views, itemsizes)
+def test_on_chip(view, itemsize):
+    config = tiling.on_chip(view, itemsize)
+    if config is None:
+        return
+    check(view, config)
+    assert config.programs == 1 and config.block_m >= view.M
+    assert config.block_m * config.block_c <= tiling.ON_CHIP_ELEMENTS
+
+
+def test_known_shapes():
+    """ResNet's first stage needs two launches, its last at a small batch one."""
+    assert tiling.on_chip(Rows(8 * 56 * 56, 64, 56 * 56, True), 2) is None
+    assert tiling.on_chip(Rows(8 * 7 * 7, 2048, 7 * 7, True), 2) is not None

@@ -1,0 +1,24 @@
+"""Byte budgets of the kernels, counted in the interpreter, with every ATen pass beside them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from benchmarks.traffic_suite import BUDGET, CASES, measure
+
+pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
+LAUNCHES = {"forward": 2, "backward": 2, "eval": 1}
+
+
+@pytest.mark.parametrize(("shape", "layout", "residual"), CASES, ids=str)
+def test_budget(shape, layout, residual):
+    rows = shape[0] * math.prod(shape[2:])
+    for phase, meter, right in measure(shape, layout, residual):
+        assert right, phase
+        assert meter.passes + meter.aten_passes <= 1.05 * BUDGET[phase, residual], phase
+        assert len(meter.launches) <= LAUNCHES[phase], phase
+        assert meter.stray_bytes == 0, phase
+        if rows >= 10_000:
+            assert meter.vector_bytes <= 0.05 * meter.passes * meter.nbytes, phase

@@ -118,7 +118,7 @@ def _traffic(folder: Path) -> bool:
         figures = row.figures
         table.add_row(
             "x".join(map(str, row.shape)), row.layout, row.workload, row.mode, f"{figures['launches']:.0f}",
-            f"{figures['passes']:.4g}", f"{figures['budget_passes']:.5g}", f"{figures['aten_passes']:.4g}",
+            f"{figures['passes']:.5g}", f"{figures['budget_passes']:.5g}", f"{figures['aten_passes']:.4g}",
             f"{100 * (figures['vector_share'] or 0):.1f}%", row.status,
         )  # fmt: skip
     return _save(folder / "traffic.jsonl", rows, table)

@@ -82,8 +82,8 @@ def _traffic(folder: Path) -> str:
     cells = [
         [
             "×".join(map(str, row.shape)), row.layout, "yes" if "residual" in row.workload else "no", row.mode,
-            f"{row.figures['launches']:.0f}", _number(row, "passes", ".4g"), _number(row, "budget_passes", ".5g"),
-            _number(row, "aten_passes", ".4g"), _percent(row.figures.get("vector_share")), row.status,
+            f"{row.figures['launches']:.0f}", _number(row, "passes", ".5g"), _number(row, "budget_passes", ".5g"),
+            _number(row, "aten_passes", ".5g"), _percent(row.figures.get("vector_share")), row.status,
         ]
         for row in rows
     ]  # fmt: skip

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.interpreter import fast_interpreter
+
 ACTIVATION, MASK, VECTOR = "activation", "mask", "vector"
 ALLOCATIONS = {
     "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_",
@@ -111,7 +113,6 @@ class TrafficMeter:
         self.launches: list[Launch] = []
         self.aten: list[AtenCall] = []
         self._launch: Launch | None = None
-        self._patched: set[object] = set()
         self._stack = ExitStack()
 
     def __enter__(self) -> TrafficMeter:
@@ -129,8 +130,7 @@ class TrafficMeter:
                 stack.enter_context(mock.patch.object(native, name, wrap(getattr(native, name))))
             run = interpreter.GridExecutor.__call__
             stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", self._run(run)))
-            patch = self._patch_lang(interpreter._patch_lang)
-            stack.enter_context(mock.patch.object(interpreter, "_patch_lang", patch))
+            stack.enter_context(fast_interpreter())
             stack.enter_context(_AtenCounter(self))
             self._stack = stack.pop_all()
         return self
@@ -182,18 +182,6 @@ class TrafficMeter:
                 return run(executor, *args, **kwargs)
             finally:
                 self._launch = None
-                self._patched.clear()
-
-        return wrapper
-
-    def _patch_lang(self, patch: Callable[..., Any]) -> Callable[..., Any]:
-        """Once a launch for each function instead of at every call: a third of the interpreter's time."""
-
-        def wrapper(function: Any) -> Any:
-            if function in self._patched:
-                return None
-            self._patched.add(function)
-            return patch(function)
 
         return wrapper
 

@@ -14,6 +14,15 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
+from benchmarks.interpreter import fast_interpreter  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter() -> Iterator[None]:
+    with fast_interpreter():
+        yield
+
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

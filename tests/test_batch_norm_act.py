@@ -45,7 +45,7 @@ def test_oracle(device, training, channels_last, residual, dtype, act):
         (1, 67, 5, 3),  # odd C, one image
         (2, 2048, 2, 1),
         (4, 24, 14, 14),  # C divisible by 8 only
-        (9, 130, 31, 17),  # two launches, ragged in every direction
+        (9, 130, 17, 9),  # two launches, ragged in every direction
         (3, 5, 97, 61),
         (40, 64, 8, 8),
         (6, 10),  # (N, C)
@@ -218,7 +218,7 @@ def run_reference(x, r, mean, var, training):
     return [out, *(leaf.grad for leaf in leaves)]
 
 
-@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 70, 33, 17)], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 70, 17, 9)], ids=["one launch", "two launches"])
 @both_layouts
 def test_deterministic(device, channels_last, shape):
     """Bit for bit the same from run to run."""

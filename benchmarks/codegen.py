@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -182,9 +183,15 @@ WORKLOADS = (
 
 
 def batch_norm_launches(
-    shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool, residual: bool, training: bool
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    channels_last: bool,
+    residual: bool,
+    training: bool,
+    act: str | None = "relu",
 ) -> list[Launch]:
-    """The launches of one layer's forward and backward, ReLU included."""
+    """The launches of one layer's forward and backward."""
     from fusedres.kernels.batch_norm_backward import Gradients, batch_norm_act_backward
     from fusedres.kernels.batch_norm_forward import batch_norm_act_forward, batch_norm_act_inference_forward
 
@@ -196,15 +203,32 @@ def batch_norm_launches(
         if training:
             count = torch.tensor(0)
             out, stats, mask = batch_norm_act_forward(
-                x, other, vector, vector, vector, vector, count, 0.1, 1e-5, "relu", residual
+                x, other, vector, vector, vector, vector, count, 0.1, 1e-5, act, residual
             )
         else:
             out, stats, mask = batch_norm_act_inference_forward(
-                x, other, vector, vector, vector, vector, 1e-5, "relu", True, residual
+                x, other, vector, vector, vector, vector, 1e-5, act, True, residual
             )
         wanted = Gradients(torch.empty_like(x), other, vector, vector)
-        batch_norm_act_backward(out, x, mask if residual else None, stats, "relu", not training, wanted)
+        batch_norm_act_backward(out, x, mask if residual else None, stats, act, not training, wanted)
     return launches
+
+
+def training_step_launches(model: nn.Module, images: tuple[int, ...], dtype: torch.dtype) -> list[Launch]:
+    """The launches of one channels-last training step of a fused model, found without computing anything."""
+    calls: list[tuple[tuple[int, ...], bool, str | None]] = []
+
+    def note(input: torch.Tensor, *_: object, residual: torch.Tensor | None, act: str | None, **__: object):
+        calls.append((tuple(input.shape), residual is not None, act))
+        return torch.empty_like(input)
+
+    with mock.patch("fusedres.nn.batch_norm.batch_norm_act", note):
+        model.to("meta")(torch.empty(images, device="meta"))
+    return [
+        launch
+        for shape, residual, act in calls
+        for launch in batch_norm_launches(shape, dtype, channels_last=True, residual=residual, training=True, act=act)
+    ]
 
 
 def report(arch: str, dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]:

@@ -88,6 +88,8 @@ def _sum_rows(x):
     """
     if x.shape[0] > 128:
         x = tl.sum(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), axis=1)
+        if x.shape[0] > 16:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), axis=1)
     return tl.sum(x, axis=0)
 
 
@@ -101,16 +103,22 @@ def _chan_merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
-def _chan_reduce(count, mean, m2):
-    """The same over axis 0 of count [R, 1], mean [R, C], m2 [R, C].
+def _average(x, count, total):
+    """Sum over axis 0 of x [R, C], over ``total``, refined once by the same of the deviations count·average.
 
-    The mean is refined once by the mean of the deviations from it: a single sum rounds in proportion to |mean|.
+    A single sum rounds in proportion to the average; the deviations are smaller and of either sign.
     """
+    average = _sum_rows(x) / total
+    return average + _sum_rows(x - count * average[None, :]) / total
+
+
+@triton.jit
+def _moments(count, mean, m2):
+    """(mean, biased variance) of all samples together: Chan's formula over axis 0 of count [R, 1] and the rest [R, C]."""
     total = tl.sum(count, axis=0)
-    mean_c = _sum_rows(count * mean) / total
-    mean_c += _sum_rows(count * (mean - mean_c[None, :])) / total
+    mean_c = _average(count * mean, count, total)
     spread = mean - mean_c[None, :]
-    return mean_c, _sum_rows(m2 + count * (spread * spread))
+    return mean_c, _average(m2 + count * (spread * spread), count, total)
 
 
 @triton.jit

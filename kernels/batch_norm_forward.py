@@ -19,8 +19,8 @@ from fusedres.kernels._common import (
     _aligned_extents,
     _arrive,
     _chan_merge,
-    _chan_reduce,
     _mask_offsets,
+    _moments,
     _normalise,
     _pack_bits,
     _positive,
@@ -52,7 +52,7 @@ def _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, store, C
 
 @triton.jit
 def _update_running(
-    mean, m2, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counter_ptr, channel_tiles, momentum,
+    mean, var, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counter_ptr, channel_tiles, momentum,
     offs_c, mask_c,
 ):  # fmt: skip
     """Running statistics (the variance with Bessel's correction) and the batch counter.
@@ -68,9 +68,9 @@ def _update_running(
             factor = momentum
         old_mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         old_var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        var = m2 / (M - 1).to(tl.float32)
+        unbiased = var * (M.to(tl.float32) / (M - 1).to(tl.float32))
         tl.store(running_mean_ptr + offs_c, factor * mean + (1 - factor) * old_mean, mask=mask_c)
-        tl.store(running_var_ptr + offs_c, factor * var + (1 - factor) * old_var, mask=mask_c)
+        tl.store(running_var_ptr + offs_c, factor * unbiased + (1 - factor) * old_var, mask=mask_c)
     if num_batches_ptr is not None:
         if _arrive(counter_ptr) == channel_tiles - 1:
             tl.store(num_batches_ptr, batches + 1)
@@ -82,7 +82,7 @@ def _merge_partials(
     partials_ptr, offs_c, mask_c, M, C, programs,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """(mean, M2) of the channels from the partials of all programs, always in the same order."""
+    """(mean, variance) of the channels from the partials of all programs, always in the same order."""
     row_tiles = tl.cdiv(M, BLOCK_M)
     count = tl.zeros([BLOCK_P, 1], dtype=tl.float32)
     mean = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
@@ -97,9 +97,9 @@ def _merge_partials(
         offsets = offs_p[:, None] * C + offs_c[None, :]
         # .cg: other multiprocessors wrote these; not from this one's L1
         mean_p = tl.load(partials_ptr + offsets, mask=mask_p, other=0.0, cache_modifier=".cg")
-        m2_p = tl.load(partials_ptr + programs * C + offsets, mask=mask_p, other=0.0, cache_modifier=".cg")
-        count, mean, m2 = _chan_merge(count, mean, m2, count_p, mean_p, m2_p)
-    return _chan_reduce(count, mean, m2)
+        var_p = tl.load(partials_ptr + programs * C + offsets, mask=mask_p, other=0.0, cache_modifier=".cg")
+        count, mean, m2 = _chan_merge(count, mean, m2, count_p, mean_p, count_p * var_p)
+    return _moments(count, mean, m2)
 
 
 @triton.jit(do_not_specialize=["M", "C", "S", "programs"])
@@ -125,18 +125,17 @@ def _batch_norm_fwd_stats_kernel(
         base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
         x = tl.load(x_ptr + base + offsets, mask=mask_m & mask_c[None, :], other=0.0).to(tl.float32)
         count, mean, m2 = _chan_merge(count, mean, m2, mask_m.to(tl.float32), x, 0.0)
-    mean_c, m2_c = _chan_reduce(count, mean, m2)
+    mean_c, var_c = _moments(count, mean, m2)
 
     counters_ptr = scratch_ptr.to(tl.pointer_type(tl.int32))
     partials_ptr = scratch_ptr + COUNTERS
     tl.store(partials_ptr + pid_m * C + offs_c, mean_c, mask=mask_c)
-    tl.store(partials_ptr + (programs + pid_m) * C + offs_c, m2_c, mask=mask_c)
+    tl.store(partials_ptr + (programs + pid_m) * C + offs_c, var_c, mask=mask_c)
     if _arrive(counters_ptr + 1 + pid_c) == programs - 1:
-        mean_c, m2_c = _merge_partials(partials_ptr, offs_c, mask_c, M, C, programs, BLOCK_M, BLOCK_C, BLOCK_P)
-        var_c = m2_c / M.to(tl.float32)
+        mean_c, var_c = _merge_partials(partials_ptr, offs_c, mask_c, M, C, programs, BLOCK_M, BLOCK_C, BLOCK_P)
         _affine(mean_c, var_c, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
         _update_running(
-            mean_c, m2_c, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counters_ptr, channel_tiles, momentum,
+            mean_c, var_c, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counters_ptr, channel_tiles, momentum,
             offs_c, mask_c,
         )  # fmt: skip
         tl.store(counters_ptr + 1 + pid_c, 0)
@@ -210,11 +209,10 @@ def _batch_norm_fwd_on_chip_kernel(
     mask = mask_m & mask_c[None, :]
     base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
     x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean, m2 = _chan_reduce(mask_m.to(tl.float32), x, 0.0)
-    var = m2 / M.to(tl.float32)
+    mean, var = _moments(mask_m.to(tl.float32), x, 0.0)
     scale, shift = _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
     _update_running(
-        mean, m2, M, running_mean_ptr, running_var_ptr, num_batches_ptr, scratch_ptr.to(tl.pointer_type(tl.int32)),
+        mean, var, M, running_mean_ptr, running_var_ptr, num_batches_ptr, scratch_ptr.to(tl.pointer_type(tl.int32)),
         tl.num_programs(0), momentum, offs_c, mask_c,
     )  # fmt: skip
     _finish_tile(

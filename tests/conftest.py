@@ -23,7 +23,6 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:

@@ -25,14 +25,17 @@ ACTIVATIONS = ("x_ptr", "residual_ptr", "dy_ptr", "g_ptr")
 OUTPUTS = ("y_ptr", "dx_ptr", "dresidual_ptr")
 
 
+def run_compiled(arguments: list[str]) -> str:
+    """What Python prints in another process: in this one kernels may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @functools.cache
 def code(arch: str) -> list[dict[str, Any]]:
-    """Compiled in another process: in this one kernels may be interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.codegen", arch, *DTYPES[arch]]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in run_compiled(["-m", "benchmarks.codegen", arch, *DTYPES[arch]]).splitlines()]
 
 
 @pytest.mark.parametrize("arch", DTYPES)
@@ -71,6 +74,21 @@ def _check_widths(row: dict[str, Any]) -> None:
     stores = share * sum(name in row["tensors"] for name in OUTPUTS)
     assert row["loads"].get("128", 0) >= loads, row
     assert row["stores"].get("128", 0) >= stores, row
+
+
+@pytest.mark.parametrize(("batch", "most"), [(32, 10), (1, 30)])
+def test_variants_of_a_resnet50_step(batch, most):
+    """Every variant is compiled at its first launch: few of them make a short cold start."""
+    program = f"""
+import torch, fusedres
+from benchmarks.codegen import training_step_launches
+model = fusedres.fuse(fusedres.models.resnet50())
+launches = training_step_launches(model, ({batch}, 3, 224, 224), torch.bfloat16)
+print(len(launches), len(set(launches)))
+"""
+    launches, variants = map(int, run_compiled(["-c", program]).split())
+    assert 2 * 53 <= launches <= 4 * 53
+    assert variants <= most
 
 
 def test_ordering_is_checked_where_it_matters():

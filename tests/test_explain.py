@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import zoo
 from torch import nn
-from zoo import counts, small
 
 import fusedres
 from fusedres import models
+from tests import zoo
+from tests.zoo import counts, small
 
 
 def rows_of(model: nn.Module) -> dict[str, dict[str, str]]:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import zoo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from zoo import TOLERANCE, assert_same_steps, counts, images, randomise, small, step
 
 import fusedres
 from fusedres import models
+from tests import zoo
+from tests.zoo import TOLERANCE, assert_same_steps, counts, images, randomise, small, step
 
 RESNET50 = {"bn_act": 33, "bn_add_act": 16, "bn": 4}
 RESNET18 = {"bn_act": 9, "bn_add_act": 8, "bn": 3}

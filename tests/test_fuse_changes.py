@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import zoo
 from torch import nn
-from zoo import TOLERANCE, assert_same_steps, counts, images, randomise, small
 
 import fusedres
 from fusedres import models
+from tests import zoo
+from tests.zoo import TOLERANCE, assert_same_steps, counts, images, randomise, small
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-import zoo
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from zoo import TOLERANCE, assert_same_steps, images, randomise, small
 
 import fusedres
 from fusedres import models
+from tests import zoo
+from tests.zoo import TOLERANCE, assert_same_steps, images, randomise, small
 
 
 @pytest.fixture(autouse=True)

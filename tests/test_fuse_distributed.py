@@ -12,10 +12,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from zoo import TOLERANCE, assert_same_steps, counts, images, small
 
 import fusedres
 from fusedres import models
+from tests.zoo import TOLERANCE, assert_same_steps, counts, images, small
 
 
 @pytest.fixture

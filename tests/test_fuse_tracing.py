@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
 from torch import nn
-from zoo import TOLERANCE, assert_same_steps, conv, counts, images, randomise
 
 import fusedres
+from tests import zoo
+from tests.zoo import TOLERANCE, assert_same_steps, conv, counts, images, randomise
 
 SHIFT = torch.ones(1, dtype=torch.float64)
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import TOLERANCE, conv, randomise
 
 import fusedres
+from tests.zoo import TOLERANCE, conv, randomise
 
 
 @pytest.fixture(autouse=True)

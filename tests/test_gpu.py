@@ -51,6 +51,25 @@ def test_backward_reduction_bit_for_bit():
     assert wrong.item() == 0
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("shape", [(3, 20, 5, 3), (5, 40, 33, 17)], ids=["one launch", "two launches"])
+def test_sanitize(shape, channels_last, training):
+    """Small, for compute-sanitizer: every kernel, ragged in every direction."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    for dtype, residual in ((torch.bfloat16, True), (torch.float32, False)):
+        x = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=form).requires_grad_()
+        other = torch.randn_like(x).requires_grad_() if residual else None
+        mean, var = torch.zeros(shape[1], device="cuda"), torch.ones(shape[1], device="cuda")
+        weight = torch.rand(shape[1], device="cuda", requires_grad=True)
+        count = torch.zeros((), dtype=torch.int64, device="cuda")
+        out = batch_norm_act(
+            x, mean, var, weight, None, training, residual=other, act="relu", num_batches_tracked=count
+        )
+        out.backward(torch.randn_like(out))
+        assert x.grad.isfinite().all() and count.item() == int(training)
+
+
 def step(block: torch.nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
     leaf = x.detach().requires_grad_()
     out = block(leaf)

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-import zoo
 from torch import nn
 
 import fusedres
 from fusedres import models
+from tests import zoo
 
 PARAMETERS = {
     "resnet18": 11_689_512,

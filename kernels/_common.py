@@ -114,7 +114,7 @@ def _average(x, count, total):
 
 @triton.jit
 def _moments(count, mean, m2):
-    """(mean, biased variance) of all samples together: Chan's formula over axis 0 of count [R, 1] and the rest [R, C]."""
+    """(mean, biased variance) of all samples: Chan's formula over axis 0 of count [R, 1], mean and m2 [R, C]."""
     total = tl.sum(count, axis=0)
     mean_c = _average(count * mean, count, total)
     spread = mean - mean_c[None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,19 +35,46 @@ def errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
     )
 
 
+def shares(
+    actual: Mapping[str, Tensor], eagers: Sequence[Mapping[str, Tensor]], exact: Tensors
+) -> dict[tuple[str, str], float]:
+    """The error of every tensor, in both norms, as a share of what it may be: twice the better eager's plus 4 eps."""
+    assert actual.keys() == exact.keys()
+    used = {}
+    for name, value in actual.items():
+        assert value.shape == exact[name].shape, name
+        assert value.dtype == eagers[0][name].dtype, name
+        slack = EPS_SLACK * torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+        theirs = [errors(eager[name], exact[name]) for eager in eagers]
+        for norm, error, *others in zip(("2-norm", "maximum"), errors(value, exact[name]), *theirs, strict=True):
+            allowed = 2 * min(others) + slack
+            used[name, norm] = error / allowed if allowed else float(error > 0)
+    return used
+
+
 def assert_as_good_as_eager(
     actual: Mapping[str, Tensor], eagers: Sequence[Mapping[str, Tensor]], exact: Tensors
 ) -> None:
     """Every tensor's error is at most twice the better eager's, plus 4 eps of its own dtype."""
-    assert actual.keys() == exact.keys()
-    for name, value in actual.items():
-        assert value.shape == exact[name].shape, name
-        assert value.dtype == eagers[0][name].dtype, name
-        eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
-        mine = errors(value, exact[name])
-        theirs = [errors(eager[name], exact[name]) for eager in eagers]
-        for norm, error, best in zip(("2-norm", "maximum"), mine, map(min, *theirs, (1.0, 1.0)), strict=True):
-            assert error <= 2 * best + EPS_SLACK * eps, f"{name}: {norm} error {error:.3g}, eager's {best:.3g}"
+    for (name, norm), share in shares(actual, eagers, exact).items():
+        assert share <= 1, f"{name}: {norm} error is {share:.2f} times what it may be"
+
+
+def assert_network_as_good_as_eager(
+    actual: Mapping[str, Tensor], eagers: Sequence[Mapping[str, Tensor]], exact: Tensors
+) -> None:
+    """The rule for a deep network, where rounding errors grow by chance: eager's own two formats break it.
+
+    The geometric mean over all tensors keeps the rule, and no tensor exceeds it by more than 4 times. Seen over ten
+    runs of 36 layers, as multiples of the better eager's error: ours 0.93 to 1.16 in the mean and at most 5.4 for
+    one tensor, the other eager's 1.5 to 3.9 in the mean and at least 13 for some tensor.
+    """
+    used = shares(actual, eagers, exact)
+    for (name, norm), share in used.items():
+        assert share <= 4, f"{name}: {norm} error is {share:.2f} times what it may be"
+    nonzero = [share for share in used.values() if share]
+    mean = math.exp(sum(map(math.log, nonzero)) / max(len(nonzero), 1))
+    assert mean <= 1, f"the errors are {mean:.2f} times what they may be"
 
 
 @dataclass

@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 import fusedres
 from fusedres import models
 from tests import zoo
-from tests.oracle import Tensors, assert_as_good_as_eager
+from tests.oracle import Tensors, assert_as_good_as_eager, assert_network_as_good_as_eager
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
 
@@ -72,9 +72,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_oracle(name, channels_last, monkeypatch):
     build, shape, expected = NETWORKS[name]
-    # In 36 layers rounding errors grow by chance. Over five seeds the geometric mean of our error over the better
-    # eager's was 0.93 to 1.16, with 0 to 2 of some 150 tensors beyond the rule (the other eager: 3 to 93 tensors).
-    torch.manual_seed(4)
+    torch.manual_seed(0)
     model = zoo.randomise(build()).float().train()
     x = torch.randn(shape)
     form = torch.channels_last if channels_last else torch.contiguous_format
@@ -85,7 +83,7 @@ def test_oracle(name, channels_last, monkeypatch):
         actual = train(fused, x, form)
     assert seen.pop("backward") == sum(expected.values())
     assert seen == expected
-    assert_as_good_as_eager(actual, eagers, exact)
+    assert_network_as_good_as_eager(actual, eagers, exact)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "hand-written resnet34", "projection block"])

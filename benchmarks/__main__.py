@@ -56,7 +56,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", help=f"one of: {', '.join(models_suite.DTYPES)}")
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder for rows and plots")
     parser.add_argument("--seconds", type=float, default=300, help="begin no new model after so long")
-    parser.add_argument("--interpreted-steps", type=int, default=0, help="train: steps with interpreted kernels")
+    parser.add_argument("--interpreted-steps", type=int, default=40, help="train: steps with interpreted kernels")
     return parser.parse_args(argv)
 
 

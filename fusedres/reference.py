@@ -33,9 +33,4 @@ def batch_norm_act(
     out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         out = out + residual
-    return apply_act(out, act)
-
-
-def apply_act(input: Tensor, act: str | None) -> Tensor:
-    """The activation named ``act`` (``None``: the identity)."""
-    return torch.relu(input) if act == "relu" else input
+    return torch.relu_(out) if act == "relu" else out

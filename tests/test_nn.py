@@ -92,6 +92,12 @@ def test_sync_batch_norm_conversion_never_drops_the_activation():
     assert [type(m) for m in converted.children()] == [nn.SyncBatchNorm]
 
 
+def test_qconfig_can_be_set():
+    module = BatchNormAct2d(4)
+    module.qconfig = None
+    assert module.qconfig is None
+
+
 def test_as_batch_norm_act_keeps_the_object():
     plain = nn.BatchNorm2d(4)
     weight = plain.weight

@@ -59,16 +59,22 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     @property
     def qconfig(self) -> Any:
-        """Absent without an activation; with one, refuses the conversion that would lose it.
+        """Absent until set, without an activation; with one, refuses the conversion that would lose it.
 
         ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces every BatchNorm by a plain SyncBatchNorm and asks
         for this attribute on the way; an AttributeError would be swallowed there and the activation dropped.
         """
+        if "_qconfig" in self.__dict__:
+            return self._qconfig
         if self.act is None:
             raise AttributeError("qconfig")
         raise RuntimeError(
             f"converting BatchNormAct2d(act={self.act!r}) to a plain normalisation would drop its activation"
         )
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self._qconfig = value
 
 
 def as_batch_norm_act(module: nn.Module, act: str | None) -> BatchNormAct2d:

@@ -54,10 +54,13 @@ print(*[m for m in ("pytest", "numpy", "rich", "matplotlib", "sklearn", "hypothe
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1 || true)
 
 nvidia-smi >"$out/nvidia-smi.log" 2>&1 || true
-stage tests 150 "$python" -m pytest -p no:cacheprovider -q -m gpu tests
-sanitize memcheck 60
-sanitize racecheck 60
-stage models 240 "$python" -m benchmarks models --device cuda --seconds 150 --results "$out/results"
+# Most of the tests' time is Triton compiling variants, on the CPU: several processes, where xdist is there.
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+stage tests 170 "$python" -m pytest -p no:cacheprovider -q "${workers[@]}" -m gpu tests
+sanitize memcheck 70
+sanitize racecheck 70
+stage models 220 "$python" -m benchmarks models --device cuda --seconds 150 --results "$out/results"
 
 printf '\n%s\n' "summary ($SECONDS s, logs and rows in $out)" "${summary[@]}"
 exit "$failed"

@@ -175,8 +175,8 @@ WORKLOADS = (
     # The first needs two launches, the second fits on-chip; 67 channels allow no wide access.
     ((8, 64, 56, 56), True),
     ((8, 64, 56, 56), False),
-    ((4, 256, 14, 14), True),
-    ((4, 256, 14, 14), False),
+    ((2, 256, 14, 14), True),
+    ((2, 256, 14, 14), False),
     ((8, 67, 56, 56), True),
     ((2, 67, 14, 14), True),
 )

@@ -59,7 +59,7 @@ def batch_norm_act(
     _check_batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, residual, act, num_batches_tracked
     )
-    if not use_kernels(input):
+    if not use_kernels(input, residual, weight, bias, running_mean, running_var):
         return reference.batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             residual=residual, act=act, num_batches_tracked=num_batches_tracked,
@@ -109,7 +109,7 @@ def _check_batch_norm(
         _check_residual(residual, input)
     if not training:
         return
-    if input.numel() == input.shape[1]:
+    if input.numel() == input.shape[1] != 0:
         raise ValueError(f"input must have more than 1 value per channel when training, got shape {tuple(input.shape)}")
     if num_batches_tracked is not None:
         if num_batches_tracked.numel() != 1 or num_batches_tracked.is_floating_point():

@@ -88,7 +88,7 @@ def _sum_rows(x):
     """
     if x.shape[0] > 128:
         x = tl.sum(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), axis=1)
-        if x.shape[0] > 16:
+        if x.shape[0] > 64:
             x = tl.sum(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), axis=1)
     return tl.sum(x, axis=0)
 
@@ -99,7 +99,7 @@ def _chan_merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     count = count_a + count_b
     weight = count_b / tl.maximum(count, 1.0)
     delta = mean_b - mean_a
-    return count, mean_a + delta * weight, m2_a + m2_b + delta * delta * (count_a * weight)
+    return count, mean_a + delta * weight, m2_a + m2_b + delta * (delta * (count_a * weight))
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _moments(count, mean, m2):
     total = tl.sum(count, axis=0)
     mean_c = _average(count * mean, count, total)
     spread = mean - mean_c[None, :]
-    return mean_c, _average(m2 + count * (spread * spread), count, total)
+    return mean_c, _average(m2 + spread * (count * spread), count, total)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from fusedres.kernels._common import (
 )
 from fusedres.kernels.layout import Rows, rows
 from fusedres.kernels.tiling import Tiling
-from fusedres.kernels.workspace import COUNTERS, num_sms, on_device, workspace
+from fusedres.kernels.workspace import counters, num_sms, on_device
 
 
 class Gradients(NamedTuple):
@@ -73,9 +73,10 @@ def _store_parameter_gradients(sum_g, sum_gx, rstd, dweight_ptr, dbias_ptr, offs
 
 @triton.jit(do_not_specialize=["M", "C", "S", "programs"])
 def _batch_norm_bwd_reduce_kernel(
-    dy_ptr, x_ptr, mask_ptr, stats_ptr, scratch_ptr, means_ptr, dweight_ptr, dbias_ptr, dresidual_ptr, dx_ptr,
+    dy_ptr, x_ptr, mask_ptr, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr,
+    dresidual_ptr, dx_ptr,
     M, C, S, programs,
-    RELU: tl.constexpr, SUMS: tl.constexpr, COUNTERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    RELU: tl.constexpr, SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
@@ -95,7 +96,7 @@ def _batch_norm_bwd_reduce_kernel(
         base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
         g, x_centred = _gradient_tile(
             dy_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
-            RELU, SUMS or mask_ptr is None, CHANNELS_LAST, BLOCK_M, BLOCK_C,
+            RELU, SUMS or (RELU and mask_ptr is None), CHANNELS_LAST, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + base + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
@@ -105,8 +106,7 @@ def _batch_norm_bwd_reduce_kernel(
         sum_gx += g * x_centred
 
     if SUMS:
-        counter_ptr = scratch_ptr.to(tl.pointer_type(tl.int32)) + 1 + pid_c
-        partials_ptr = scratch_ptr + COUNTERS
+        counter_ptr = counters_ptr + 1 + pid_c
         tl.store(partials_ptr + pid_m * C + offs_c, _sum_rows(sum_g), mask=mask_c)
         tl.store(partials_ptr + (programs + pid_m) * C + offs_c, _sum_rows(sum_gx), mask=mask_c)
         if _arrive(counter_ptr) == programs - 1:
@@ -207,12 +207,13 @@ def batch_norm_bwd_reduce(
     """
     config = tiling.reduction(view, dy.itemsize, num_sms(x.device))
     sums = means is not None or out.weight is not None or out.bias is not None
-    scratch = workspace(x.device, 2 * config.programs * view.C if sums else 0)
+    partials = torch.empty((2, config.programs, view.C), dtype=torch.float32, device=x.device) if sums else None
     with on_device(x.device):
         _batch_norm_bwd_reduce_kernel[config.grid](
-            dy, x, mask, stats, scratch, means, out.weight, out.bias, out.residual, out.x,
+            dy, x, mask, stats, counters(x.device) if sums else None, partials, means, out.weight, out.bias,
+            out.residual, out.x,
             view.M, view.C, view.S, config.programs,
-            RELU=act == "relu", SUMS=sums, COUNTERS=COUNTERS, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            RELU=act == "relu", SUMS=sums, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,
         )  # fmt: skip
 

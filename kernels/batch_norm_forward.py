@@ -28,7 +28,7 @@ from fusedres.kernels._common import (
 )
 from fusedres.kernels.layout import Rows, rows
 from fusedres.kernels.tiling import Tiling
-from fusedres.kernels.workspace import COUNTERS, num_sms, on_device, workspace
+from fusedres.kernels.workspace import counters, num_sms, on_device
 
 
 @triton.jit
@@ -104,9 +104,10 @@ def _merge_partials(
 
 @triton.jit(do_not_specialize=["M", "C", "S", "programs"])
 def _batch_norm_fwd_stats_kernel(
-    x_ptr, scratch_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, num_batches_ptr,
+    x_ptr, counters_ptr, partials_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
+    num_batches_ptr,
     M, C, S, programs, momentum,
-    EPS: tl.constexpr, COUNTERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    EPS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
@@ -127,8 +128,6 @@ def _batch_norm_fwd_stats_kernel(
         count, mean, m2 = _chan_merge(count, mean, m2, mask_m.to(tl.float32), x, 0.0)
     mean_c, var_c = _moments(count, mean, m2)
 
-    counters_ptr = scratch_ptr.to(tl.pointer_type(tl.int32))
-    partials_ptr = scratch_ptr + COUNTERS
     tl.store(partials_ptr + pid_m * C + offs_c, mean_c, mask=mask_c)
     tl.store(partials_ptr + (programs + pid_m) * C + offs_c, var_c, mask=mask_c)
     if _arrive(counters_ptr + 1 + pid_c) == programs - 1:
@@ -195,7 +194,7 @@ def _batch_norm_fwd_apply_kernel(
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_fwd_on_chip_kernel(
-    x_ptr, residual_ptr, scratch_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
+    x_ptr, residual_ptr, counters_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
     num_batches_ptr, y_ptr, mask_ptr,
     M, C, S, momentum,
     EPS: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
@@ -212,7 +211,7 @@ def _batch_norm_fwd_on_chip_kernel(
     mean, var = _moments(mask_m.to(tl.float32), x, 0.0)
     scale, shift = _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
     _update_running(
-        mean, var, M, running_mean_ptr, running_var_ptr, num_batches_ptr, scratch_ptr.to(tl.pointer_type(tl.int32)),
+        mean, var, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counters_ptr,
         tl.num_programs(0), momentum, offs_c, mask_c,
     )  # fmt: skip
     _finish_tile(
@@ -235,12 +234,12 @@ def batch_norm_fwd_stats(
     """``stats`` [4, C] of a dense x; updates the running statistics. Reads x; one launch."""
     config = tiling.reduction(view, x.itemsize, num_sms(x.device))
     stats = torch.empty((4, view.C), dtype=torch.float32, device=x.device)
-    scratch = workspace(x.device, 2 * config.programs * view.C)
+    partials = torch.empty((2, config.programs, view.C), dtype=torch.float32, device=x.device)
     with on_device(x.device):
         _batch_norm_fwd_stats_kernel[config.grid](
-            x, scratch, stats, weight, bias, running_mean, running_var, num_batches_tracked,
+            x, counters(x.device), partials, stats, weight, bias, running_mean, running_var, num_batches_tracked,
             view.M, view.C, view.S, config.programs, momentum,
-            EPS=eps, COUNTERS=COUNTERS, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            EPS=eps, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,
         )  # fmt: skip
     return stats
@@ -295,8 +294,8 @@ def batch_norm_fwd_on_chip(
     stats = torch.empty((4, view.C), dtype=torch.float32, device=x.device)
     with on_device(x.device):
         _batch_norm_fwd_on_chip_kernel[config.grid](
-            x, residual, workspace(x.device, 0), stats, weight, bias, running_mean, running_var,
-            num_batches_tracked, y, mask if save_mask else None,
+            x, residual, None if num_batches_tracked is None else counters(x.device), stats, weight, bias,
+            running_mean, running_var, num_batches_tracked, y, mask if save_mask else None,
             view.M, view.C, view.S, momentum,
             EPS=eps, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from fusedres.kernels.layout import Rows
 
 TILE_ELEMENTS = 4096  # 16 a thread at 8 warps: two 128-bit loads in flight in 16 bits, four in float32
-ON_CHIP_ELEMENTS = 16384  # 32 a thread at 16 warps; a backward tile keeps two of these in registers
-NARROW = 4  # elements are fewer by this where accesses are not 128 bits wide: each then has an address of its own
+ON_CHIP_ELEMENTS = 8192  # 16 a thread at 16 warps; with 32 the backward spilled on sm_100, the forward on gfx942
 MIN_ROWS = 128  # rows a program handles at least, so that per-channel vectors stay under 5% of its traffic
-MAX_CHANNEL_TILES = 16383  # one arrival counter each, and one for the launch
+MAX_CHANNEL_TILES = 1023  # one arrival counter each, and one for the launch
 PROGRAMS_PER_SM = 4
 
 
@@ -47,8 +46,15 @@ def _block_c(view: Rows, wanted: int) -> int:
     return max(min(wanted, next_power_of_2(view.C)), next_power_of_2(cdiv(view.C, MAX_CHANNEL_TILES)))
 
 
-def _narrow(view: Rows, itemsize: int) -> int:
-    return 1 if view.align * itemsize >= 16 else NARROW
+def _thinning(view: Rows, itemsize: int) -> int:
+    """By what a thread has fewer elements than 16, because addresses take registers too.
+
+    Accesses that are not 128 bits wide have one address an element. A row of NCHW has a 64-bit one, as a tile may
+    cross images.
+    """
+    if view.align * itemsize < 16:
+        return 4
+    return 1 if view.channels_last else 2
 
 
 def _tile(view: Rows, itemsize: int) -> tuple[int, int]:
@@ -56,7 +62,7 @@ def _tile(view: Rows, itemsize: int) -> tuple[int, int]:
 
     64 bytes put all eight rows of a mask byte into one warp; at 128 they cross warps, through shared memory.
     """
-    elements = TILE_ELEMENTS // _narrow(view, itemsize)
+    elements = TILE_ELEMENTS // _thinning(view, itemsize)
     if view.channels_last:
         block_c = _block_c(view, 64 // itemsize)
         return max(8, min(elements // block_c, next_power_of_2(view.M))), block_c
@@ -64,8 +70,8 @@ def _tile(view: Rows, itemsize: int) -> tuple[int, int]:
     return block_m, _block_c(view, max(1, elements // block_m))
 
 
-def _num_warps(view: Rows, itemsize: int, elements: int, per_thread: int) -> int:
-    return max(1, min(16, elements * _narrow(view, itemsize) // (32 * per_thread)))
+def _num_warps(view: Rows, itemsize: int, elements: int) -> int:
+    return max(1, min(16, elements * _thinning(view, itemsize) // (32 * 16)))
 
 
 def elementwise(view: Rows, itemsize: int) -> Tiling:
@@ -75,7 +81,7 @@ def elementwise(view: Rows, itemsize: int) -> Tiling:
     return Tiling(
         block_m,
         block_c,
-        _num_warps(view, itemsize, block_m * block_c, 16),
+        _num_warps(view, itemsize, block_m * block_c),
         cdiv(view.M, tiles * block_m),
         cdiv(view.C, block_c),
         tiles,
@@ -91,7 +97,7 @@ def reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
     return Tiling(
         block_m,
         block_c,
-        _num_warps(view, itemsize, block_m * block_c, 16),
+        _num_warps(view, itemsize, block_m * block_c),
         programs,
         channel_tiles,
         cdiv(cdiv(view.M, block_m), programs),
@@ -105,6 +111,6 @@ def on_chip(view: Rows, itemsize: int) -> Tiling | None:
     """
     block_m = max(8, next_power_of_2(view.M))
     block_c = _block_c(view, 32 // itemsize if view.channels_last else max(1, 1024 // block_m))
-    if block_m * block_c > ON_CHIP_ELEMENTS // _narrow(view, itemsize):
+    if block_m * block_c > ON_CHIP_ELEMENTS // _thinning(view, itemsize):
         return None
-    return Tiling(block_m, block_c, _num_warps(view, itemsize, block_m * block_c, 32), 1, cdiv(view.C, block_c), 1)
+    return Tiling(block_m, block_c, _num_warps(view, itemsize, block_m * block_c), 1, cdiv(view.C, block_c), 1)

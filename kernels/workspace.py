@@ -1,4 +1,4 @@
-"""Scratch memory of the reductions: arrival counters, zero between launches, and partial results."""
+"""Arrival counters of the reductions, zero between launches, and where kernels are launched."""
 
 from __future__ import annotations
 
@@ -8,34 +8,42 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedres.kernels.tiling import MAX_CHANNEL_TILES
 
-COUNTERS = MAX_CHANNEL_TILES + 1
+COUNTERS = MAX_CHANNEL_TILES + 1  # one for every channel tile, and one for the launch
+STREAMS = 64  # streams of a device that have counters of their own; further ones pay a memset a launch
 
-_workspaces: dict[tuple[int, int], Tensor] = {}
+_slots: dict[tuple[torch.device, int], int] = {}
 
 
-def workspace(device: torch.device, floats: int) -> Tensor:
-    """A float32 tensor of ``COUNTERS`` zero counters and at least ``floats`` free elements behind them.
+def counters(device: torch.device) -> Tensor:
+    """``COUNTERS`` zero integers that no other launch uses at the same time.
 
-    One for every stream, reused: launches on a stream follow each other and leave the counters at zero. While
-    a CUDA graph is captured the memory belongs to the graph, so that it gets its own, zeroed at every replay:
-    two graphs, or a graph and its capturing stream, may run at once.
+    Every stream has its own and reuses them: launches on a stream follow each other and leave the counters at zero.
+    While a CUDA graph is captured each launch gets fresh ones, zeroed at every replay, because two replays may
+    overlap; they belong to the graph and are not kept.
     """
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return _new(device, floats)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    scratch = _workspaces.get(key)
-    if scratch is None or scratch.numel() < COUNTERS + floats:
-        scratch = _workspaces[key] = _new(device, max(floats, 1 << 18))
-    return scratch
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    slot = _slots.setdefault(key, len(_slots) % STREAMS if len(_slots) < STREAMS else STREAMS)
+    if slot == STREAMS:
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return reserve(device)[slot]
 
 
-def _new(device: torch.device, floats: int) -> Tensor:
-    scratch = torch.empty(COUNTERS + floats, dtype=torch.float32, device=device)
-    scratch[:COUNTERS].zero_()
-    return scratch
+@functools.cache
+def reserve(device: torch.device) -> tuple[Tensor, ...]:
+    """Allocate the counters of a GPU, once; also called while tracing for it, by the operators' fakes.
+
+    The first run of a compiled function may be inside a memory pool of a CUDA graph, where nothing may be kept.
+    """
+    with _disable_current_modes():
+        slab = torch.zeros((STREAMS, COUNTERS), dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()  # other streams use it without waiting for this one
+        return slab.unbind()
 
 
 @functools.cache

@@ -192,30 +192,75 @@ def test_partial_gradients(device, training, shape, frozen):
 
 
 @both_modes
-def test_strided_tensors(device, training):
+@pytest.mark.parametrize("layouts", ["strided", "mixed formats"])
+def test_strided_activations(device, training, layouts):
     """Slices, expanded gradients and mixed memory formats: copied where needed, right always."""
-    base = torch.randn(4, 16, 9, 14, device=device)
-    x = base[:, ::2, 1:, ::2].requires_grad_()
-    r = torch.randn(4, 8, 8, 7, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(4, 16, 9, 14, device=device)[:, ::2, 1:, ::2]
+    r = torch.randn(4, 8, 8, 7, device=device).to(memory_format=torch.channels_last)
+    if layouts == "mixed formats":
+        x = x.contiguous()
+    else:
+        assert not x.is_contiguous()
     mean, var = torch.zeros(8, device=device), torch.ones(8, device=device)
 
-    def run(convert):
-        leaves = [convert(t.detach()).requires_grad_() for t in (x, r)]
-        out = batch_norm_act(leaves[0], convert(mean), convert(var), training=training, residual=leaves[1], act="relu")
-        out.mean().backward()
+    def run(function, *tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors[:2]]
+        out = function(leaves[0], *tensors[2:], training=training, residual=leaves[1], act="relu")
+        out.mean().backward()  # an expanded gradient
         return [out, *(leaf.grad for leaf in leaves)]
 
-    actual = run(lambda t: t.clone(memory_format=torch.preserve_format))
-    exact_reference = run_reference(x, r, mean, var, training)
-    for got, want in zip(actual, exact_reference, strict=True):
+    actual = run(batch_norm_act, x, r, mean.clone(), var.clone())
+    exact = run(torch_eager, *(t.double() for t in (x, r, mean, var)))
+    for got, want in zip(actual, exact, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
-def run_reference(x, r, mean, var, training):
-    leaves = [t.detach().double().requires_grad_() for t in (x, r)]
-    out = torch_eager(leaves[0], mean.double(), var.double(), training=training, residual=leaves[1], act="relu")
-    out.mean().backward()
-    return [out, *(leaf.grad for leaf in leaves)]
+@both_modes
+@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 33, 17)], ids=["one launch", "two launches"])
+def test_strided_vectors(device, training, shape):
+    """Columns of a matrix as parameters and statistics: read and written where they are, and nowhere else."""
+    inputs = batch_norm_inputs(shape, torch.float32, residual=True).map(lambda t: t.to(device))
+    expected = run_batch_norm(batch_norm_act, inputs, training, "relu")
+    columns = torch.full((shape[1], 8), 7.0, device=device)
+    names = ("weight", "bias", "running_mean", "running_var")
+    for column, name in enumerate(names):
+        columns[:, 2 * column] = getattr(inputs, name)
+    weight, bias, mean, var = (columns[:, 2 * column] for column in range(len(names)))
+    out = batch_norm_act(inputs.input, mean, var, weight, bias, training, residual=inputs.residual, act="relu")
+    assert torch.equal(out, expected["out"])
+    assert torch.equal(mean, expected["running_mean"])
+    assert torch.equal(var, expected["running_var"])
+    assert columns[:, 1::2].eq(7).all()
+
+
+def test_expanded_weight(device):
+    x = torch.randn(4, 3, 5, 5, device=device)
+    expanded = torch.full((1,), 2.0, device=device).expand(3)
+    expected = batch_norm_act(x, None, None, expanded.clone(), training=True)
+    assert torch.equal(batch_norm_act(x, None, None, expanded, training=True), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 33, 17)], ids=["one launch", "two launches"])
+def test_huge_values(device, shape):
+    """Beyond the square root of the largest float32 the moments stay finite as long as the variance is."""
+    inputs = batch_norm_inputs(shape, torch.float32, tracking=True, mean=1e20, std=1e17)
+    check_batch_norm(batch_norm_act, inputs, device, channels_last=True, training=True, act=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_residual_that_no_kernel_covers(device, monkeypatch, dtype):
+    """It takes the reference path with the right result, or is refused before anything is updated."""
+    x = torch.randn(64, 3, 24, 24, device=device)
+    residual = torch.randn(x.shape, device=device, dtype=dtype)
+    mean, var, count = torch.zeros(3, device=device), torch.ones(3, device=device), torch.tensor(0, device=device)
+    with pytest.raises(RuntimeError, match=f"no kernel for {dtype}"):
+        batch_norm_act(x, mean, var, training=True, residual=residual, num_batches_tracked=count)
+    assert not mean.any() and count == 0
+    monkeypatch.setenv("FUSEDRES_BACKEND", "auto")
+    out = batch_norm_act(x, mean, var, training=True, residual=residual, num_batches_tracked=count)
+    expected = torch_eager(x, None, None, training=True, residual=residual)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 70, 17, 9)], ids=["one launch", "two launches"])
@@ -262,7 +307,7 @@ def test_empty_batch(device, training):
     assert count.item() == int(training)
 
 
-def test_float64_takes_the_reference(device, monkeypatch):
+def test_float64_input_takes_the_reference(device, monkeypatch):
     monkeypatch.setenv("FUSEDRES_BACKEND", "auto")
     inputs = batch_norm_inputs((3, 4, 5, 5), torch.float64, residual=True, parameter_dtype=torch.float64)
     inputs = inputs.map(lambda t: t.to(device))

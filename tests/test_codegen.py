@@ -56,12 +56,11 @@ def test_generated_code(arch):
 
 def _check_resources(row: dict[str, Any]) -> None:
     assert row["spill_bytes"] == 0, row
-    # Two programs a multiprocessor at least: 65,536 registers on NVIDIA, 512 a lane of each SIMD on AMD.
-    if not row["arch"].startswith("gfx"):
-        assert row["registers"] * row["threads"] <= 65536, row
-    atomics = "_stats_" in row["kernel"] or "_reduce_" in row["kernel"]
-    if atomics and row["fenced"] is not None:
-        assert row["fenced"], row
+    if not row["arch"].startswith("gfx") and "_on_chip_" not in row["kernel"]:
+        # 1,024 threads a multiprocessor of 65,536 registers: enough loads in flight to cover memory's latency.
+        assert row["registers"] <= 128, row
+    if "partials_ptr" in row["tensors"]:  # published to other programs
+        assert row["fenced"] is True, row
 
 
 def _check_widths(row: dict[str, Any]) -> None:
@@ -89,10 +88,3 @@ print(len(launches), len(set(launches)))
     launches, variants = map(int, run_compiled(["-c", program]).split())
     assert 2 * 53 <= launches <= 4 * 53
     assert variants <= most
-
-
-def test_ordering_is_checked_where_it_matters():
-    """The reductions publish partial results, so they must contain the atomic and the barrier before it."""
-    for row in code("sm_90"):
-        if "_stats_" in row["kernel"]:
-            assert row["fenced"] is True, row

@@ -53,19 +53,23 @@ def _batch_norm_act(
     from fusedres.kernels.batch_norm_forward import batch_norm_act_forward
 
     x = dense(input)
+    mean, var = _contiguous(running_mean), _contiguous(running_var)
     outputs = batch_norm_act_forward(
         x,
         None if residual is None else dense_like(residual, x),
-        weight,
-        bias,
-        running_mean,
-        running_var,
+        _contiguous(weight),
+        _contiguous(bias),
+        mean,
+        var,
         num_batches_tracked,
         momentum,
         eps,
         act,
         save_for_backward and _masked(residual, act),
     )
+    for buffer, updated in ((running_mean, mean), (running_var, var)):
+        if buffer is not None and updated is not None and updated is not buffer:
+            buffer.copy_(updated)
     mutated = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None and not t.is_inference()]
     torch.autograd.graph.increment_version(mutated)
     return outputs
@@ -88,10 +92,10 @@ def _batch_norm_act_inference(
     return batch_norm_act_inference_forward(
         x,
         None if residual is None else dense_like(residual, x),
-        weight,
-        bias,
-        running_mean,
-        running_var,
+        _contiguous(weight),
+        _contiguous(bias),
+        running_mean.contiguous(),
+        running_var.contiguous(),
         eps,
         act,
         save_for_backward,
@@ -120,6 +124,11 @@ def _batch_norm_act_backward(
         dense_like(grad, x), x, mask if mask.numel() else None, stats, act, frozen, wanted
     )  # fmt: skip
     return outputs
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    """The kernels read vectors of C at unit stride."""
+    return None if vector is None else vector.contiguous()
 
 
 def _masked(residual: Tensor | None, act: str | None) -> bool:
@@ -154,6 +163,10 @@ def _fake_forward(
     input: Tensor, residual: Tensor | None, act: str | None, save_stats: bool, save_for_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = dense(input)
+    if x.device.type == "cuda" and torch.cuda.is_available():
+        from fusedres.kernels.workspace import reserve
+
+        reserve(x.device)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     channels = x.shape[1]
     masked = save_for_backward and _masked(residual, act)

@@ -8,6 +8,8 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import unpack_dual
 
 BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,14 +35,17 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def use_kernels(input: Tensor) -> bool:
-    """Whether ``input`` goes to the kernels.
+def use_kernels(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call with these tensors, of which ``input`` is the activation, goes to the kernels.
 
     Raises:
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers it.
         ValueError: ``FUSEDRES_BACKEND`` is unknown.
     """
-    reason = refusal(input.device, input.dtype) or _tensor_refusal(input)
+    given = [input, *(tensor for tensor in others if tensor is not None)]
+    reason = refusal(input.device, input.dtype) or _transform_refusal(given)
+    for tensor in given:
+        reason = reason or _tensor_refusal(tensor)
     if reason is None:
         return True
     if _policy()[0] == "triton" and input.numel() > 0:
@@ -63,15 +68,29 @@ def _triton() -> tuple[bool, bool]:
     return True, knobs.runtime.interpret
 
 
-def _tensor_refusal(input: Tensor) -> str | None:
-    if input.numel() == 0:
-        return "the input is empty"
-    if input.layout != torch.strided:
-        return f"there is no kernel for the layout {input.layout}"
+def _tensor_refusal(tensor: Tensor) -> str | None:
+    if tensor.numel() == 0:
+        return "a tensor is empty"
+    if tensor.layout != torch.strided:
+        return f"there is no kernel for the layout {tensor.layout}"
+    if (tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES) or tensor.is_complex():
+        return f"there is no kernel for {tensor.dtype}"
+    return None
+
+
+def _transform_refusal(tensors: list[Tensor]) -> str | None:
+    """Function transforms and tracers that do not see through an operator."""
+    if _transforms_active():
+        return "torch.func transforms take the reference path"
     if torch.compiler.is_compiling():
         return None
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms take the reference path"
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return "torch.jit.trace takes the reference path"
+    if forward_ad._current_level >= 0 and any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        return "forward-mode differentiation takes the reference path"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active()

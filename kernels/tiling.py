@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fusedres.kernels.layout import Rows
 
-TILE_ELEMENTS = 4096  # 16 a thread at 8 warps: two 128-bit loads in flight in 16 bits, four in float32
+TILE_ELEMENTS = 4096  # 16 a thread at 8 warps in 16 bits: two 128-bit loads of every operand in flight
 ON_CHIP_ELEMENTS = 8192  # 16 a thread at 16 warps; with 32 the backward spilled on sm_100, the forward on gfx942
 MIN_ROWS = 128  # rows a program handles at least, so that per-channel vectors stay under 5% of its traffic
 MAX_CHANNEL_TILES = 1023  # one arrival counter each, and one for the launch
@@ -49,12 +49,12 @@ def _block_c(view: Rows, wanted: int) -> int:
 def _thinning(view: Rows, itemsize: int) -> int:
     """By what a thread has fewer elements than 16, because addresses take registers too.
 
-    Accesses that are not 128 bits wide have one address an element. A row of NCHW has a 64-bit one, as a tile may
-    cross images.
+    Accesses that are not 128 bits wide have one address an element. In float32 the same bytes are half the elements.
+    A row of NCHW has a 64-bit offset, as a tile may cross images.
     """
     if view.align * itemsize < 16:
         return 4
-    return 1 if view.channels_last else 2
+    return 1 if view.channels_last and itemsize == 2 else 2
 
 
 def _tile(view: Rows, itemsize: int) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def test_shapes(device, training, channels_last, residual, shape):
     check_batch_norm(batch_norm_act, inputs, device, channels_last=channels_last, training=training, act="relu")
 
 
-@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 33, 17)], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 17, 9)], ids=["one launch", "two launches"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -89,11 +89,11 @@ def test_parameters_and_dtypes(device, training, options, shape):
 @both_layouts
 def test_sixteen_bit_residual_of_float32_input(device, channels_last):
     """The gradient of the residual is rounded to its dtype, that of the input is not."""
-    inputs = batch_norm_inputs((6, 40, 33, 17), torch.float32, residual=True, residual_dtype=torch.bfloat16)
+    inputs = batch_norm_inputs((6, 40, 17, 9), torch.float32, residual=True, residual_dtype=torch.bfloat16)
     check_batch_norm(batch_norm_act, inputs, device, channels_last=channels_last, training=True, act="relu")
 
 
-@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 33, 17)], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 17, 9)], ids=["one launch", "two launches"])
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.3, 1.0])
 def test_momentum(device, momentum, shape):
     inputs = batch_norm_inputs(shape, torch.float32)
@@ -103,7 +103,7 @@ def test_momentum(device, momentum, shape):
     assert actual["num_batches_tracked"].item() == 4
 
 
-@pytest.mark.parametrize("shape", [(4, 8, 9, 9), (6, 40, 33, 17)], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("shape", [(4, 8, 9, 9), (6, 40, 17, 9)], ids=["one launch", "two launches"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @both_layouts
 def test_large_mean(device, channels_last, dtype, shape):
@@ -169,7 +169,7 @@ def test_underflow_has_no_gradient(device):
     [set(c) for n in range(1, 4) for c in itertools.combinations(["input", "residual", "weight", "bias"], n)],
     ids=lambda s: "+".join(sorted(s)),
 )
-@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 33, 17)], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 17, 9)], ids=["one launch", "two launches"])
 @both_modes
 def test_partial_gradients(device, training, shape, frozen):
     """What needs no gradient gets none, and the rest does not change."""
@@ -216,7 +216,7 @@ def test_strided_activations(device, training, layouts):
 
 
 @both_modes
-@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 33, 17)], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 17, 9)], ids=["one launch", "two launches"])
 def test_strided_vectors(device, training, shape):
     """Columns of a matrix as parameters and statistics: read and written where they are, and nowhere else."""
     inputs = batch_norm_inputs(shape, torch.float32, residual=True).map(lambda t: t.to(device))
@@ -240,7 +240,7 @@ def test_expanded_weight(device):
     assert torch.equal(batch_norm_act(x, None, None, expanded, training=True), expected)
 
 
-@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 33, 17)], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 17, 9)], ids=["one launch", "two launches"])
 def test_huge_values(device, shape):
     """Beyond the square root of the largest float32 the moments stay finite as long as the variance is."""
     inputs = batch_norm_inputs(shape, torch.float32, tracking=True, mean=1e20, std=1e17)

@@ -16,14 +16,18 @@ from typing import Any
 from torch import fx, nn
 
 from fusedres.fusion.patterns import Call, Rewritten
+from fusedres.fusion.reads import MODULE_ATTRIBUTES, Reads, UntraceableError
 from fusedres.fusion.runtime import is_changed
-from fusedres.fusion.tracing import UntraceableError, parameters
+from fusedres.fusion.tracing import parameters
 
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+_MISSING = object()
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+# Set by PyTorch's own wrappers, and no part of what a forward computes.
+_IGNORED = MODULE_ATTRIBUTES | {"_compiled_call_impl", "_is_fsdp_managed_module", "_fsdp_use_orig_params"}
 _serial = itertools.count()
 _FORWARD = """
 def forward(self, {parameters}):
-    if self._fusedres_stale or {others}len(self._modules) != {children} or _is_changed(({norms}), ({acts})):
+    if self._fusedres_stale or {others}{literals}len(self._modules) != {children} or _is_changed(({norms}), ({acts})):
         return _original(self, {arguments})
     return {call}
 """
@@ -35,7 +39,7 @@ class Code:
 
     ``names`` holds functions by reference and Python modules by name; ``norms`` and ``acts`` are the paths of the
     folded modules, ``children`` is the number of the block's children and ``attributes`` are the names of
-    its own plain attributes.
+    its own plain attributes, and of those that its forward looked for in vain.
     """
 
     source: str
@@ -50,7 +54,8 @@ class Code:
 class FusedBlock:
     """Mixed into a block's own class. The block runs its original forward again once it is no longer what was traced.
 
-    Modules that were folded are looked at in each forward; attributes that a trace has baked in are watched here.
+    Modules that were folded are looked at in each forward. The block's own attributes, which a trace may have baked
+    in, are watched here; those of its children and those of other objects are not (see ``reads``).
     """
 
     _fusedres_original: type[nn.Module]
@@ -61,13 +66,42 @@ class FusedBlock:
         """Not a class of the user's: their hooks for subclasses are not run."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _MODULE_ATTRIBUTES and not name.startswith("__") and not self._fusedres_stale:
-            baked = name in self._fusedres_code.attributes or hasattr(type(self), name)
-            old = vars(self).get(name, getattr(type(self), name, None))
-            removed = value is None and vars(self).get("_modules", {}).get(name) is not None
-            if removed or (baked and not _is_same(old, value)):
-                vars(self)["_fusedres_stale"] = True
+        self._watch(name, value)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._watch(name, _MISSING)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """See :meth:`torch.nn.Module.register_parameter`."""
+        self._watch(name, param)
+        super().register_parameter(name, param)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def register_buffer(self, name: str, tensor: Any, *args: Any, **kwargs: Any) -> None:
+        """See :meth:`torch.nn.Module.register_buffer`."""
+        self._watch(name, tensor)
+        super().register_buffer(name, tensor, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def add_module(self, name: str, module: Any) -> None:
+        """See :meth:`torch.nn.Module.add_module`."""
+        self._watch(name, module)
+        super().add_module(name, module)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _watch(self, name: str, value: Any) -> None:
+        """Note that ``name`` is about to be ``value``."""
+        if name in _IGNORED or name.startswith("__") or self._fusedres_stale:
+            return
+        attributes = vars(self)
+        registry = next((kind for kind in _REGISTRIES if name in attributes[kind]), None)
+        if registry is not None:  # read at each call, unless it is None
+            same = value is not _MISSING and (attributes[registry][name] is None) == (value is None)
+        elif name not in self._fusedres_code.attributes and not hasattr(type(self), name):
+            same = True
+        else:
+            same = _is_same(attributes.get(name, getattr(type(self), name, _MISSING)), value)
+        if not same:
+            attributes["_fusedres_stale"] = True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         constructor, arguments, *rest = super().__reduce_ex__(protocol)
@@ -83,8 +117,12 @@ class _Module:
     name: str
 
 
-def generate(block: nn.Module, graphs: tuple[fx.Graph, fx.Graph], folded: tuple[Rewritten, Rewritten]) -> Code:
+def generate(
+    block: nn.Module, graphs: tuple[fx.Graph, fx.Graph], folded: tuple[Rewritten, Rewritten], reads: tuple[Reads, ...]
+) -> Code:
     """The code of the graphs for training and for evaluation, one where they are the same, behind the checks.
+
+    ``reads`` is what both read of the block's attributes.
 
     Raises:
         UntraceableError: the two graphs call different functions by one name.
@@ -93,6 +131,8 @@ def generate(block: nn.Module, graphs: tuple[fx.Graph, fx.Graph], folded: tuple[
     names = training.globals | evaluation.globals
     if any(names[name] is not value for name, value in training.globals.items()):
         raise UntraceableError("forward calls different functions by one name")
+    literals = sorted({item for read in reads for item in read.literals.items()})
+    absent = {name for read in reads for name in read.absent}
     required, others = parameters(type(block).forward)
     norms = tuple(sorted(folded[0].norms | folded[1].norms))
     acts = tuple(sorted(folded[0].acts | folded[1].acts))
@@ -106,6 +146,7 @@ def generate(block: nn.Module, graphs: tuple[fx.Graph, fx.Graph], folded: tuple[
         parameters=arguments + (", *args, **kwargs" if others else ""),
         arguments=arguments + (", *args, **kwargs" if others else ""),
         others="args or kwargs or " if others else "",
+        literals="".join(f"self.{name} != {literal} or " for name, literal in literals),
         children=len(block._modules),
         norms="".join(f"{_path(norm)}, " for norm in norms),
         acts="".join(f"{_path(act)}, " for act in acts),
@@ -117,7 +158,7 @@ def generate(block: nn.Module, graphs: tuple[fx.Graph, fx.Graph], folded: tuple[
         for name, value in sorted(names.items(), key=lambda item: item[0])
         if name in words
     )
-    attributes = frozenset(vars(block).keys() - _MODULE_ATTRIBUTES - {"_fusedres_stale"})
+    attributes = frozenset(vars(block).keys() - MODULE_ATTRIBUTES - {"_fusedres_stale"} | absent)
     calls = merge_calls(folded[0].calls, folded[1].calls)
     return Code(source, used, norms, acts, len(block._modules), attributes, calls)
 

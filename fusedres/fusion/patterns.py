@@ -112,7 +112,7 @@ class _Rewriter:
         if changes == "residual" and not self._is_spare(residual, add):
             return Call(name, "bn", "the addition changes its other operand, which is read elsewhere")
         if not self._can_wait(norm, input, add):
-            return Call(name, "bn", "its input may change before the addition")
+            return Call(name, "bn", "its input or its statistics may be used before the addition")
         tail = self._chain(add)
         act = tail.reader if tail.reader is not None and self._is_act(tail.reader, tail.last) else None
         self._drop_prints(norm, [*chain.nodes, *(tail.nodes if act else ())])
@@ -167,6 +167,12 @@ class _Rewriter:
     def _can_wait(self, norm: fx.Node, input: fx.Node, until: fx.Node) -> bool:
         """Whether ``norm`` can run at ``until``: same input, same order of updates of its statistics."""
         module = self.values.module(norm)
+        for node in self.graph.nodes:
+            if node is until:
+                break
+            owner = str(node.target).rpartition(".")[0]
+            if node.op == "get_attr" and self.values.modules.get(owner) is module:
+                return False  # its statistics, perhaps read in between
         for node in between(norm, until):
             other = self.values.module(node)
             if other is not None and any(part is module for part in other.modules()):

@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.blocks import Code, FusedBlock, generate, merge_calls, original_class
 from fusedres.fusion.patterns import Call, rewrite
+from fusedres.fusion.reads import UntraceableError
 from fusedres.fusion.runtime import is_hooked
-from fusedres.fusion.tracing import UntraceableError, trace
+from fusedres.fusion.tracing import trace
 from fusedres.nn import BatchNormAct2d
 
 Filter = Callable[[nn.Module, str], bool]
@@ -77,10 +78,10 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module]) -> Plan:
     if reason is not None:
         return Plan(name, block, reason=reason)
     try:
-        training, evaluation = (trace(block, mode) for mode in (True, False))
+        (training, *reads), (evaluation, *others) = (trace(block, mode) for mode in (True, False))
         folded = rewrite(block, training, refusal), rewrite(block, evaluation, refusal)
         if folded[0].norms or folded[1].norms:
-            code = generate(block, (training, evaluation), folded)
+            code = generate(block, (training, evaluation), folded, (*reads, *others))
             return Plan(name, block, code.calls, code)
         return Plan(name, block, merge_calls(folded[0].calls, folded[1].calls))
     except UntraceableError as error:

@@ -34,7 +34,7 @@ def norm_add(norm: BatchNormAct2d, input: Tensor, residual: Any, act: str | None
 
 
 def is_changed(norms: tuple[nn.Module, ...], acts: tuple[nn.Module, ...]) -> bool:
-    """Whether a module that was folded has been replaced, or a hook would see the difference."""
+    """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference."""
     for norm in norms:
         if type(norm) is not BatchNormAct2d:
             return True
@@ -42,6 +42,8 @@ def is_changed(norms: tuple[nn.Module, ...], acts: tuple[nn.Module, ...]) -> boo
         if type(act) is not nn.ReLU:
             return True
     for module in norms + acts:
+        if "forward" in module.__dict__:
+            return True
         # In each forward of each block: is_hooked() without the call.
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True

@@ -1,22 +1,23 @@
-"""The graph of one module's forward, its children as leaves, taken without any side effect."""
+"""The graph of one module's forward, its children as leaves, taken without calling a child or computing a value."""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
-import copy
+import dis
 import functools
+import gc
 import inspect
 import io
 import logging
 import operator
 import os
-import random
 import re
 import sys
 import threading
+import types
 import warnings
-from collections import deque
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedres.fusion.reads import Reads, UntraceableError, check_code, watched_reads
+from fusedres.fusion.state import ClassState, RandomState, State
 
 IN_PLACE_OPERATORS = {
     name: getattr(operator, f"i{name}")
@@ -35,34 +39,36 @@ IN_PLACE_OPERATORS = {
 _START, _END = "\x00", "\x01"
 _TOKEN = re.compile(f"{_START}(\\w+)-*(![sr])?:([^{_START}{_END}]*){_END}")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_TENSOR = frozenset(dir(Tensor))
 _print = builtins.print
 
 
-class UntraceableError(Exception):
-    """Why a forward is left alone."""
-
-
-def trace(block: nn.Module, training: bool) -> fx.Graph:
+def trace(block: nn.Module, training: bool) -> tuple[fx.Graph, Reads]:
     """The graph of ``type(block).forward`` in one mode; every call of a child is one ``call_module`` node.
 
-    Prints become nodes. Nothing is printed, and ``block`` is afterwards as it was before.
+    Prints become nodes, and nothing is printed. The attributes of ``block``, its children and their classes are
+    afterwards as they were before.
+
+    Returns:
+        The graph, and what the forward read of ``block`` besides tensors and children.
 
     Raises:
-        UntraceableError: the forward depends on values, has effects that a graph does not show, or is not Python.
+        UntraceableError: the forward depends on values or on state that cannot be watched, has effects that a graph
+            does not show, or is not Python.
     """
+    check_code(block)
     modules = list(block.modules())
-    before = [_State(module) for module in modules]
+    before = [State(module) for module in modules]
     for module in modules:
         vars(module)["training"] = training
     for module in modules[1:]:
         vars(module)["forward"] = _refuse_forward
-    during = [_State(module) for module in modules]
+    classes = {kind for module in modules for kind in type(module).__mro__ if not kind.__module__.startswith("torch.")}
+    during = [*map(State, modules), *(ClassState(kind) for kind in classes - {object})]
+    reads = Reads()
     try:
-        tracer = _Tracer()
-        graph = _trace(block, tracer)
-        # A text whose layout depends on the length of what stands for a value cannot be rebuilt.
-        if tracer.shown and str(graph) != str(_trace(block, _Tracer(padding="-" * 37))):
-            raise UntraceableError("forward formats values in a way that cannot be followed")
+        with watched_reads(block, reads):
+            graph = _traces(block)
     except UntraceableError:
         raise
     except Exception as error:
@@ -75,7 +81,34 @@ def trace(block: nn.Module, training: bool) -> fx.Graph:
     if changed:
         raise UntraceableError(f"forward changes the attribute {changed[0]!r}")
     _check(graph)
+    return graph, reads
+
+
+def _traces(block: nn.Module) -> fx.Graph:
+    """The graph, the same with and without gradients and autocast."""
+    tracer = _Tracer()
+    with torch.enable_grad():
+        graph = _trace(block, tracer)
+        # A text whose layout depends on the length of what stands for a value cannot be rebuilt.
+        if tracer.shown and str(graph) != str(_trace(block, _Tracer(padding="-" * 37))):
+            raise UntraceableError("forward formats values in a way that cannot be followed")
+    with torch.inference_mode(), _autocast():
+        if str(graph) != str(_trace(block, _Tracer())):
+            raise UntraceableError("forward depends on the gradient mode, on autocast or on earlier calls")
     return graph
+
+
+@contextlib.contextmanager
+def _autocast() -> Iterator[None]:
+    """All that ``torch.is_autocast_enabled`` may be asked about; needs no device."""
+    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    for device, enabled in before.items():
+        torch.set_autocast_enabled(device, not enabled)
+    try:
+        yield
+    finally:
+        for device, enabled in before.items():
+            torch.set_autocast_enabled(device, enabled)
 
 
 def _refuse_forward(*args: Any, **kwargs: Any) -> Any:
@@ -85,10 +118,9 @@ def _refuse_forward(*args: Any, **kwargs: Any) -> Any:
 
 def _trace(block: nn.Module, tracer: _Tracer) -> fx.Graph:
     output = io.StringIO()
-    rng = random.getstate()
+    rng = RandomState()
     with contextlib.ExitStack() as stack:
-        stack.callback(random.setstate, rng)
-        stack.enter_context(torch.enable_grad())
+        stack.callback(rng.restore)
         stack.enter_context(contextlib.redirect_stdout(output))
         warned = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
@@ -98,12 +130,14 @@ def _trace(block: nn.Module, tracer: _Tracer) -> fx.Graph:
         graph = tracer.trace(block)
         if tracer.context != _context():
             raise UntraceableError("forward changes the gradient mode")
-        if random.getstate() != rng:
+        if rng.restore():
             raise UntraceableError("forward draws random numbers")
     if output.getvalue():
         raise UntraceableError("forward writes to the standard output")
     if any(not warning.filename.startswith(_TORCH) for warning in warned):
         raise UntraceableError("forward warns")
+    if tracer.kept() and gc.collect() is not None and tracer.kept():
+        raise UntraceableError("forward keeps a value outside of the block")
     return graph
 
 
@@ -123,19 +157,29 @@ def _check(graph: fx.Graph) -> None:
             raise UntraceableError("forward applies an in-place operator to a value with a second name")
 
 
+def _is_torch_frame(frame: types.FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith(("torch.", "fusedres."))
+
+
 class _Value(fx.Proxy):
     """A traced value that in-place operators change and that prints can show."""
 
     def __getattr__(self, name: str) -> _ValueAttribute:
-        return _ValueAttribute(self, name)
+        frame = sys._getframe(1)
+        # `value.name` is read when the graph runs; hasattr() and getattr() would be answered now.
+        plain = dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("LOAD_ATTR", "LOAD_METHOD")
+        if not plain and name not in _TENSOR and not _is_torch_frame(frame):
+            raise UntraceableError(f"forward depends on whether a value has the attribute {name!r}")
+        attribute = _ValueAttribute(self, name)
+        self.tracer.values.append(weakref.ref(attribute))
+        return attribute
 
     tracer: _Tracer
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         # isinstance() comes here after the real type; only torch may ask, for a user's branch would be baked in.
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if not caller.startswith(("torch.", "fusedres.")):
+        if not _is_torch_frame(sys._getframe(1)):
             raise UntraceableError("forward depends on the type of a value")
         return type(self)
 
@@ -189,12 +233,19 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.padding = padding
         self.shown = False
+        self.values: list[weakref.ref[_Value]] = []
+
+    def kept(self) -> bool:
+        """Whether somebody holds a traced value after the trace."""
+        return any(value() is not None for value in self.values)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        value = _Value(node, self)
+        self.values.append(weakref.ref(value))
+        return value
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         values = [self.create_proxy("placeholder", name, (), {}) for name in parameters(root_fn)[0]]
@@ -304,40 +355,3 @@ def _intercepted(tracer: _Tracer) -> Iterator[None]:
         builtins.print = _print
         logging.Logger.isEnabledFor = enabled_for
         torch.autocast.__enter__ = enter_autocast
-
-
-class _State:
-    """A module's attributes, and one level of the containers among them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.attributes = dict(vars(module))
-        self.containers = [
-            (name, value, copy.copy(value))
-            for name, value in self.attributes.items()
-            if isinstance(value, (dict, list, set, deque))
-        ]
-
-    def restore(self) -> str | None:
-        """Put everything back; the name of something that had changed."""
-        now, changed = vars(self.module), None
-        for name in now.keys() | self.attributes.keys():
-            if name not in now or name not in self.attributes or now[name] is not self.attributes[name]:
-                changed = name
-        if changed is not None:
-            now.clear()
-            now.update(self.attributes)
-        for name, value, saved in self.containers:
-            if not _same_items(value, saved):
-                changed = name
-                value.clear()
-                value.extend(saved) if isinstance(value, (list, deque)) else value.update(saved)
-        return changed
-
-
-def _same_items(one: Any, other: Any) -> bool:
-    if isinstance(one, set):
-        return one == other
-    if isinstance(one, dict):
-        one, other = [*one.keys(), *one.values()], [*other.keys(), *other.values()]
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

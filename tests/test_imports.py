@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "fusion": ({"nn", "functional"}, {"torch"}),
     "__init__": ({"fusion", "nn", "functional", "models"}, set()),
 }
-INSTRUMENTS = {"codegen.py", "interpreter.py", "traffic.py"}  # they look into triton and the kernels; other benchmarks do not
+# They look into triton and the kernels; other benchmarks do not.
+INSTRUMENTS = {"codegen.py", "interpreter.py", "traffic.py"}
 BENCHMARKS_MAY_IMPORT = {"fusedres", "fusedres.functional", "fusedres.models", "fusedres.nn"}
 
 

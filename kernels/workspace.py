@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,6 +17,7 @@ COUNTERS = MAX_CHANNEL_TILES + 1  # one for every channel tile, and one for the 
 STREAMS = 64  # streams of a device that have counters of their own; further ones pay a memset a launch
 
 _slots: dict[tuple[torch.device, int], int] = {}
+_next_slot = itertools.count()  # one draw a stream, also when threads ask at once
 
 
 def counters(device: torch.device) -> Tensor:
@@ -28,7 +30,9 @@ def counters(device: torch.device) -> Tensor:
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
-    slot = _slots.setdefault(key, len(_slots) % STREAMS if len(_slots) < STREAMS else STREAMS)
+    slot = _slots.get(key)
+    if slot is None:
+        slot = _slots.setdefault(key, min(next(_next_slot), STREAMS))
     if slot == STREAMS:
         return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     return reserve(device)[slot]

@@ -83,8 +83,8 @@ def _positive(z, dtype: tl.constexpr):
 def _sum_rows(x):
     """Sum over axis 0; of many rows by groups of 16, so that rounding errors grow with their square root only.
 
-    A GPU's reduction is a tree in any case; the interpreter adds one row after the other. Tiles of the looping
-    kernels are left alone: there the grouping was seen to double the registers of the statistics kernel.
+    A GPU's reduction is a tree in any case; the interpreter adds one row after the other. The 128 rows of a looping
+    channels-last tile are left alone: there the grouping was seen to double the registers of the statistics kernel.
     """
     if x.shape[0] > 128:
         x = tl.sum(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), axis=1)

@@ -77,6 +77,127 @@ def batch_norm_act(
     )[0]
 
 
+def add_batch_norm_act(
+    input: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: str | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The join of pre-activation blocks: ``s = input + residual`` and ``act(batch_norm(s))``.
+
+    He et al. (2016): ``s`` is the identity path, handed on unchanged; its normalisation opens the next block.
+
+    Args:
+        input, residual: ``(N, C, *)`` of one shape; the dtypes may differ, ``s`` is promoted as by ``+``.
+        running_mean, running_var, weight, bias, training, momentum, eps, act, num_batches_tracked: as
+            :func:`batch_norm_act`.
+
+    Returns:
+        ``s`` and ``act(batch_norm(s))``, both of ``input``'s shape and memory format.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`batch_norm_act`.
+    """
+    _check_batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, residual, act, num_batches_tracked
+    )
+    return reference.add_batch_norm_act(
+        input, residual, running_mean, running_var, weight, bias, training, momentum, eps,
+        act=act, num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
+
+
+def layer_norm_linear_act(
+    input: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    act: str | None = None,
+) -> Tensor:
+    r"""Layer normalisation over the last dimension, a linear map, then an optional activation.
+
+    .. math:: y = \mathrm{act}(\mathrm{LN}(x)\,W^\top + b), \quad
+              \mathrm{LN}(x) = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}\,\gamma + \beta
+
+    with the normalisation of Ba et al. (2016).
+
+    Args:
+        input: ``(*, K)``, any leading shape, any floating dtype.
+        ln_weight, ln_bias: gamma and beta, ``(K,)`` or ``None`` (then 1 and 0).
+        weight: ``(N, K)``, of ``input``'s dtype, or of any floating dtype under autocast.
+        bias: ``(N,)`` or ``None``.
+        eps: added to the variance.
+        act: ``None`` or ``"relu"``.
+
+    Returns:
+        ``(*, N)``, in the dtype that eager PyTorch's sequence gives, under autocast too.
+
+    Raises:
+        TypeError: a tensor that is not floating-point, or dtypes that do not fit together.
+        ValueError: shapes or devices that do not fit together, or an unknown ``act``.
+        RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
+    """
+    _check_linear(input, weight, bias, act)
+    for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+        if tensor is not None:
+            _check_vector(name, tensor, weight.shape[1], input)
+    return reference.layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
+
+
+def linear_layer_norm_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    act: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    r"""A linear map, layer normalisation of its output, an optional activation, then an optional residual addition.
+
+    .. math:: y = \mathrm{act}(\mathrm{LN}(x W^\top + b)) + \mathrm{residual}
+
+    Args:
+        input: ``(*, K)``, any leading shape, any floating dtype.
+        weight: ``(N, K)``, of ``input``'s dtype, or of any floating dtype under autocast.
+        bias: ``(N,)`` or ``None``.
+        ln_weight, ln_bias: gamma and beta, ``(N,)`` or ``None`` (then 1 and 0).
+        eps: added to the variance.
+        act: ``None`` or ``"relu"``.
+        residual: ``(*, N)``; its dtype may differ, the output is promoted as by ``+``.
+
+    Returns:
+        ``(*, N)``, in the dtype that eager PyTorch's sequence gives, under autocast too.
+
+    Raises:
+        TypeError: a tensor that is not floating-point, or dtypes that do not fit together.
+        ValueError: shapes or devices that do not fit together, or an unknown ``act``.
+        RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
+    """
+    _check_linear(input, weight, bias, act)
+    for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+        if tensor is not None:
+            _check_vector(name, tensor, weight.shape[0], input)
+    if residual is not None:
+        _check_residual(residual, input, torch.Size((*input.shape[:-1], weight.shape[0])))
+    return reference.linear_layer_norm_act(
+        input, weight, bias, ln_weight, ln_bias, eps=eps, act=act, residual=residual
+    )  # fmt: skip
+
+
 def _check_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -104,9 +225,9 @@ def _check_batch_norm(
         ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
     ):  # fmt: skip
         if tensor is not None:
-            _check_channel_vector(name, tensor, input)
+            _check_vector(name, tensor, input.shape[1], input)
     if residual is not None:
-        _check_residual(residual, input)
+        _check_residual(residual, input, input.shape)
     if not training:
         return
     if input.numel() == input.shape[1] != 0:
@@ -119,17 +240,39 @@ def _check_batch_norm(
         raise ValueError("momentum=None (the cumulative average) needs num_batches_tracked")
 
 
-def _check_channel_vector(name: str, tensor: Tensor, input: Tensor) -> None:
-    if tensor.dim() != 1 or tensor.shape[0] != input.shape[1]:
-        raise ValueError(f"{name} must have shape ({input.shape[1]},), got {tuple(tensor.shape)}")
+def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> None:
+    """Raise TypeError or ValueError for what a linear map and its normalisation have in common."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating-point, got {input.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have 2 dimensions (N, K), got shape {tuple(weight.shape)}")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input must have shape (*, {weight.shape[1]}), got {tuple(input.shape)}")
+    autocast = torch.is_autocast_enabled(input.device.type) and weight.is_floating_point()
+    if weight.dtype != input.dtype and not autocast:
+        raise TypeError(f"weight must be of input's dtype {input.dtype}, got {weight.dtype}")
+    _check_device("weight", weight, input)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
+        _check_device("bias", bias, input)
+
+
+def _check_vector(name: str, tensor: Tensor, size: int, input: Tensor) -> None:
+    if tensor.dim() != 1 or tensor.shape[0] != size:
+        raise ValueError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
     if tensor.dtype != torch.float32 and tensor.dtype != input.dtype:
         raise TypeError(f"{name} must be float32 or of input's dtype {input.dtype}, got {tensor.dtype}")
     _check_device(name, tensor, input)
 
 
-def _check_residual(residual: Tensor, input: Tensor) -> None:
-    if residual.shape != input.shape:
-        raise ValueError(f"residual must have shape {tuple(input.shape)}, got {tuple(residual.shape)}")
+def _check_residual(residual: Tensor, input: Tensor, shape: torch.Size) -> None:
+    if residual.shape != shape:
+        raise ValueError(f"residual must have shape {tuple(shape)}, got {tuple(residual.shape)}")
     if not (residual.is_floating_point() or residual.is_complex()):
         raise TypeError(f"residual must be floating-point, got {residual.dtype}")
     _check_device("residual", residual, input)

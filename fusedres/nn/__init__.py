@@ -2,5 +2,14 @@
 
 from fusedres.nn.batch_norm import BatchNormAct2d, as_batch_norm_act
 from fusedres.nn.blocks import BasicBlock, Bottleneck
+from fusedres.nn.linear import LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
-__all__ = ["BasicBlock", "BatchNormAct2d", "Bottleneck", "as_batch_norm_act"]
+__all__ = [
+    "BasicBlock",
+    "BatchNormAct2d",
+    "Bottleneck",
+    "LayerNormLinear",
+    "LinearLayerNorm",
+    "ResidualMLPBlock",
+    "as_batch_norm_act",
+]

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedres.functional import ACTIVATIONS, batch_norm_act
+from fusedres.functional import ACTIVATIONS, add_batch_norm_act, batch_norm_act
 
 # Seen by torch.fx as one call, so that a symbolic trace of a fused model does not enter the validation.
 torch.fx.wrap("batch_norm_act")
+torch.fx.wrap("add_batch_norm_act")
 
 _OWN = "own"  # `act` left out of a call: the module's own
 
@@ -36,23 +37,27 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, act: str | None = _OWN) -> Tensor:
         """Normalise ``input`` ``(N, C, H, W)``; ``act`` overrides the module's for this call."""
+        return batch_norm_act(input, **self._state(input), residual=residual, act=self.act if act == _OWN else act)
+
+    def add(self, input: Tensor, residual: Tensor, *, act: str | None = _OWN) -> tuple[Tensor, Tensor]:
+        """``(s, self(s))`` of ``s = input + residual``, see :func:`fusedres.functional.add_batch_norm_act`."""
+        return add_batch_norm_act(input, residual, **self._state(input), act=self.act if act == _OWN else act)
+
+    def _state(self, input: Tensor) -> dict[str, Any]:
         if not isinstance(input, torch.fx.Proxy):  # a symbolic trace has no dimensions yet
             self._check_input_dim(input)
         tracking = self.training and self.track_running_stats
         use_running = tracking or not self.training
-        return batch_norm_act(
-            input,
-            self.running_mean if use_running else None,
-            self.running_var if use_running else None,
-            self.weight,
-            self.bias,
-            self.training or self.running_mean is None,
-            self.momentum,
-            self.eps,
-            residual=residual,
-            act=self.act if act == _OWN else act,
-            num_batches_tracked=self.num_batches_tracked if tracking else None,
-        )
+        return {
+            "running_mean": self.running_mean if use_running else None,
+            "running_var": self.running_var if use_running else None,
+            "weight": self.weight,
+            "bias": self.bias,
+            "training": self.training or self.running_mean is None,
+            "momentum": self.momentum,
+            "eps": self.eps,
+            "num_batches_tracked": self.num_batches_tracked if tracking else None,
+        }
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"

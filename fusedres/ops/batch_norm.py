@@ -1,8 +1,6 @@
 """The operators ``fusedres::batch_norm_act``, its inference form and their backward.
 
-The training operator mutates the running statistics, so that they cost no launch of their own. PyTorch's
-``register_autograd`` refuses such operators; like ATen's own ``native_batch_norm`` they have an Autograd kernel
-instead, here a :class:`torch.autograd.Function` that calls the operator again below autograd.
+The training operator mutates the running statistics, so that they cost no launch of their own.
 """
 
 from __future__ import annotations
@@ -13,28 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.layout import dense, dense_like
-
-_library = torch.library.Library("fusedres", "FRAGMENT")
-# The 1-bit mask is laid out like the input, so a compiler must not change the strides in between.
-_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-
-_library.define(
-    "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str? act, "
-    "bool save_for_backward) -> (Tensor out, Tensor stats, Tensor mask)",
-    tags=_TAGS,
-)
-_library.define(
-    "batch_norm_act_inference(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
-    "Tensor running_var, float eps, str? act, bool save_for_backward) -> (Tensor out, Tensor stats, Tensor mask)",
-    tags=_TAGS,
-)
-_library.define(
-    "batch_norm_act_backward(Tensor grad, Tensor input, Tensor stats, Tensor mask, str? act, bool frozen, "
-    "bool needs_input, ScalarType? residual_dtype, ScalarType? weight_dtype, ScalarType? bias_dtype) "
-    "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
-    tags=_TAGS,
-)
+from fusedres.ops.registration import register
 
 
 def _batch_norm_act(
@@ -248,23 +225,25 @@ class _BatchNormAct(torch.autograd.Function):
         )
 
 
-def _register(name: str, implementation: Any, fake: Any, differentiable: bool) -> None:
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
-    torch.library.register_fake(f"fusedres::{name}", fake, lib=_library)
-    if not differentiable:
-        return
-    operator = getattr(torch.ops.fusedres, name).default
-
-    def autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if args[-1]:
-            return _BatchNormAct.apply(operator, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
-
-    _library.impl(name, autograd, "Autograd")
-
-
-_register("batch_norm_act", _batch_norm_act, _fake_batch_norm_act, True)
-_register("batch_norm_act_inference", _batch_norm_act_inference, _fake_batch_norm_act_inference, True)
-_register("batch_norm_act_backward", _batch_norm_act_backward, _fake_batch_norm_act_backward, False)
+register(
+    "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str? act, "
+    "bool save_for_backward) -> (Tensor out, Tensor stats, Tensor mask)",
+    _batch_norm_act,
+    _fake_batch_norm_act,
+    _BatchNormAct,
+)
+register(
+    "batch_norm_act_inference(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
+    "Tensor running_var, float eps, str? act, bool save_for_backward) -> (Tensor out, Tensor stats, Tensor mask)",
+    _batch_norm_act_inference,
+    _fake_batch_norm_act_inference,
+    _BatchNormAct,
+)
+register(
+    "batch_norm_act_backward(Tensor grad, Tensor input, Tensor stats, Tensor mask, str? act, bool frozen, "
+    "bool needs_input, ScalarType? residual_dtype, ScalarType? weight_dtype, ScalarType? bias_dtype) "
+    "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+    _batch_norm_act_backward,
+    _fake_batch_norm_act_backward,
+)

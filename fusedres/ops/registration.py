@@ -1,0 +1,45 @@
+"""The operator library, and registration of operators that have an Autograd kernel of their own.
+
+Such a kernel is a :class:`torch.autograd.Function` that calls the operator again below autograd, as ATen's own
+operators do. Unlike ``torch.library.register_autograd`` it may mutate, and dispatch is paid once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("fusedres", "FRAGMENT")
+# Masks and products are laid out like their inputs, so a compiler must not change the strides in between.
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+
+def register(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    function: type[torch.autograd.Function] | None = None,
+) -> None:
+    """Define ``fusedres::<schema>`` for CPU and CUDA tensors.
+
+    With ``function``, the last argument of the operator is ``save_for_backward``: where it is true the call goes to
+    ``function.apply(operator, *arguments)``.
+    """
+    name = schema.split("(")[0]
+    _library.define(schema, tags=_TAGS)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"fusedres::{name}", fake, lib=_library)
+    if function is None:
+        return
+    operator = getattr(torch.ops.fusedres, name).default
+
+    def autograd(*args: Any) -> Any:
+        if args[-1]:
+            return function.apply(operator, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    _library.impl(name, autograd, "Autograd")

@@ -54,6 +54,7 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constexprs: tuple[tuple[str, Any], ...]
     num_warps: int
+    num_stages: int
 
     @property
     def name(self) -> str:
@@ -81,11 +82,14 @@ def recorded_launches() -> Iterator[list[Launch]]:
     """Collect launches instead of running them; tensors may be uninitialised CPU tensors."""
     launches: list[Launch] = []
 
-    def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, num_warps: int = 4, **constexprs: Any):
+    def record(
+        kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, num_warps: int = 4, num_stages: int = 3,
+        **constexprs: Any,
+    ):  # fmt: skip
         values = dict(zip(kernel.arg_names, args, strict=False)) | constexprs
         signature = {name: _type(values[name], param.is_constexpr) for name, param in _params(kernel)}
         constants = {name: values[name] for name, kind in signature.items() if kind == "constexpr"}
-        launches.append(Launch(kernel, tuple(signature.items()), tuple(constants.items()), num_warps))
+        launches.append(Launch(kernel, tuple(signature.items()), tuple(constants.items()), num_warps, num_stages))
 
     with mock.patch.object(JITFunction, "run", record):
         yield launches
@@ -116,7 +120,9 @@ def compile_launch(launch: Launch, arch: str) -> Code:
         {(names.index(name),): value for name, value in launch.constexprs},
         attrs,  # pyright: ignore[reportArgumentType]
     )
-    compiled = triton.compile(source, target=TARGETS[arch], options={"num_warps": launch.num_warps})
+    target = TARGETS[arch]
+    options = {"num_warps": min(launch.num_warps, 1024 // target.warp_size), "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     return read(compiled)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fusedres import reference
+from fusedres.ops import autocast_dtypes, layer_norm_refusal, tf32, use_kernels
 from fusedres.ops import refusal as refusal  # for explain
-from fusedres.ops import use_kernels
 
 ACTIVATIONS = (None, "relu")
 
@@ -64,9 +64,7 @@ def batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
             residual=residual, act=act, num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
-    save_for_backward = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (input, residual, weight, bias)
-    )
+    save_for_backward = _needs_grad(input, residual, weight, bias)
     if training:
         return torch.ops.fusedres.batch_norm_act(
             input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, act,
@@ -152,7 +150,14 @@ def layer_norm_linear_act(
     for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
         if tensor is not None:
             _check_vector(name, tensor, weight.shape[1], input)
-    return reference.layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
+    reason = layer_norm_refusal(weight.shape[1])
+    if not use_kernels(input, weight, bias, ln_weight, ln_bias, reason=reason):
+        return reference.layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
+    dtype, _ = autocast_dtypes(input)
+    return torch.ops.fusedres.layer_norm_linear_act(
+        input, ln_weight, ln_bias, weight.to(dtype), None if bias is None else bias.to(dtype), eps, act, tf32(),
+        _needs_grad(input, ln_weight, ln_bias, weight, bias),
+    )[0]  # fmt: skip
 
 
 def linear_layer_norm_act(
@@ -193,9 +198,20 @@ def linear_layer_norm_act(
             _check_vector(name, tensor, weight.shape[0], input)
     if residual is not None:
         _check_residual(residual, input, torch.Size((*input.shape[:-1], weight.shape[0])))
-    return reference.linear_layer_norm_act(
-        input, weight, bias, ln_weight, ln_bias, eps=eps, act=act, residual=residual
-    )  # fmt: skip
+    reason = layer_norm_refusal(weight.shape[0])
+    if not use_kernels(input, weight, bias, ln_weight, ln_bias, residual, reason=reason):
+        return reference.linear_layer_norm_act(
+            input, weight, bias, ln_weight, ln_bias, eps=eps, act=act, residual=residual
+        )
+    dtype, ln_dtype = autocast_dtypes(input)
+    return torch.ops.fusedres.linear_layer_norm_act(
+        input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), ln_weight, ln_bias, residual,
+        ln_dtype, eps, act, tf32(), _needs_grad(input, weight, bias, ln_weight, ln_bias, residual),
+    )[0]  # fmt: skip
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _check_batch_norm(

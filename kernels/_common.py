@@ -122,6 +122,44 @@ def _moments(count, mean, m2):
 
 
 @triton.jit
+def _row_moments(z, mask_n, N, EPS: tl.constexpr):
+    """(mean, rstd) of the rows of z [R, C], of which the columns ``mask_n`` exist; two passes over registers."""
+    total = N.to(tl.float32)
+    mean = tl.sum(z, axis=1) / total
+    mean += tl.sum(tl.where(mask_n[None, :], z - mean[:, None], 0.0), axis=1) / total  # refined, as in _average
+    centred = tl.where(mask_n[None, :], z - mean[:, None], 0.0)
+    return mean, _rstd(tl.sum(centred * centred, axis=1) / total, EPS)
+
+
+@triton.jit
+def _rstd(var, EPS: tl.constexpr):
+    return tl.div_rn(1.0, tl.sqrt_rn(var + EPS))
+
+
+@triton.jit
+def _load_vector(vector_ptr, offsets, mask, default):
+    """A vector of parameters in float32; ``default`` everywhere where there is none."""
+    vector = tl.full(offsets.shape, default, dtype=tl.float32)
+    if vector_ptr is not None:
+        vector = tl.load(vector_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return vector
+
+
+@triton.jit
+def _sum_partials(partials_ptr, offs_n, mask_n, N, programs, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The sum over all programs of partials [programs, N], always in the same order."""
+    total = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        offs_p = start + tl.arange(0, BLOCK_P)
+        mask = (offs_p < programs)[:, None] & mask_n[None, :]
+        # .cg: other multiprocessors wrote these; not from this one's L1
+        total += tl.load(
+            partials_ptr + offs_p[:, None] * N + offs_n[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+        )
+    return _sum_rows(total)
+
+
+@triton.jit
 def _arrive(counter_ptr):
     """How many programs had arrived before this one, with what they stored visible afterwards.
 

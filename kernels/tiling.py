@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from fusedres.kernels.layout import Rows
 
@@ -114,3 +115,100 @@ def on_chip(view: Rows, itemsize: int) -> Tiling | None:
     if block_m * block_c > ON_CHIP_ELEMENTS // _thinning(view, itemsize):
         return None
     return Tiling(block_m, block_c, _num_warps(view, itemsize, block_m * block_c), 1, cdiv(view.C, block_c), 1)
+
+
+MAX_LAYER_NORM = 8192  # features that a row kernel holds in registers
+MAX_SUMMED = 4096  # of them, where the backward sums its result as well: with 8192 that spilled
+
+
+@dataclass(frozen=True)
+class RowTiling:
+    """A program of a row kernel: block_m rows at a time, each whole."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def alignment(n: int) -> int:
+    """The largest power of two up to 16 that divides the length of a row: it bounds the vector width."""
+    return gcd(n, 16)
+
+
+def rows(M: int, N: int, *, backward: bool) -> RowTiling:
+    """For layer normalisation of M rows of N: 16 elements a thread, in the backward, with its three sums, 8."""
+    elements = TILE_ELEMENTS // 2 if backward else TILE_ELEMENTS
+    block_n = next_power_of_2(N)
+    block_m = max(1, min(elements // block_n, next_power_of_2(M)))
+    threads = block_m * block_n // (8 if backward else 16)
+    return RowTiling(block_m, block_n, max(1, min(32, threads // 32)))
+
+
+def row_programs(M: int, config: RowTiling, num_sms: int) -> int:
+    """Programs of the row-wise backward; with more than M / 96, partial sums would pass 5% of its traffic."""
+    return max(1, min(2 * num_sms, max(M // 96, min(64, cdiv(M, config.block_m)))))
+
+
+@dataclass(frozen=True)
+class GemmTiling:
+    """A [block_m, block_n] tile of the product a program, summed block_k at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def _tensor_cores(itemsize: int, tf32: bool) -> bool:
+    return itemsize == 2 or tf32
+
+
+def _wide_access(K: int, itemsize: int) -> bool:
+    """Whether rows of K begin at multiples of 16 bytes; else every element has an address, which takes registers."""
+    return alignment(K) * itemsize >= 16
+
+
+def fuses_layer_norm_linear(M: int, N: int, K: int, itemsize: int, tf32: bool) -> bool:
+    """Whether one kernel normalises and multiplies; else a row kernel, then the vendor's product.
+
+    An estimate, not timed: fusing saves a write and a read of x. Where N is large the vendor's better use of the
+    tensor cores outweighs that, and so it does where few rows have long sums, which it splits.
+    """
+    return N <= (1024 if _tensor_cores(itemsize, tf32) else 32) and (K <= 1024 or M >= 1024)
+
+
+def fuses_linear_layer_norm(M: int, N: int, K: int, itemsize: int, tf32: bool, num_sms: int) -> bool:
+    """Whether one kernel multiplies and normalises; else the vendor's product, then a row kernel.
+
+    A program holds whole rows of the product, and reads all of the weight from the L2 cache: an estimate, not timed,
+    of where the launch and the read of the product that this saves are worth it. Rows of 512 leave registers for 16
+    of them only, which is enough while every program has a multiprocessor of its own.
+    """
+    few = M <= 16 * num_sms and _wide_access(K, itemsize)
+    most = (512 if few else 256) if _tensor_cores(itemsize, tf32) else 64
+    return N <= most and (K <= 1024 or M >= 4096)
+
+
+def layer_norm_linear(M: int, N: int, K: int, itemsize: int, tf32: bool, num_sms: int) -> GemmTiling:
+    """For the product with a normalising prologue: smaller tiles where there would not be one for every SM."""
+    wide = _wide_access(K, itemsize)
+    block_m = 128 if _tensor_cores(itemsize, tf32) else 32
+    block_n = max(16, min(128 if wide else 64, next_power_of_2(N)))
+    while block_m > 16 and cdiv(M, block_m) * cdiv(N, block_n) < num_sms:
+        block_m //= 2
+    while block_n > 32 and cdiv(M, block_m) * cdiv(N, block_n) < num_sms:
+        block_n //= 2
+    block_k = max(16, min((128 if wide else 64) // itemsize, next_power_of_2(K)))
+    return GemmTiling(block_m, block_n, block_k, max(4, min(8, block_m * block_n // (2048 if wide else 256))), 3)
+
+
+def linear_layer_norm(M: int, N: int, K: int, itemsize: int, num_sms: int) -> GemmTiling:
+    """For the product with a normalising epilogue: a program holds whole rows of it."""
+    block_n = max(16, next_power_of_2(N))
+    block_m = 64 if block_n <= 256 else 16
+    while block_m > 16 and cdiv(M, block_m) < num_sms:
+        block_m //= 2
+    block_k = max(16, min(64 // itemsize, next_power_of_2(K)))
+    stages = 2 if block_n > 256 else 3  # gfx942 has 64 KB of shared memory
+    return GemmTiling(block_m, block_n, block_k, max(4, min(8, block_m * block_n // 2048)), stages)

@@ -1,6 +1,7 @@
 """torch.library operators over the kernels, and the choice between them and the reference."""
 
 from fusedres.ops import batch_norm as batch_norm
-from fusedres.ops.dispatch import refusal, use_kernels
+from fusedres.ops import layer_norm as layer_norm
+from fusedres.ops.dispatch import autocast_dtypes, layer_norm_refusal, refusal, tf32, use_kernels
 
-__all__ = ["refusal", "use_kernels"]
+__all__ = ["autocast_dtypes", "layer_norm_refusal", "refusal", "tf32", "use_kernels"]

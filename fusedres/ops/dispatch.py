@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 
+from fusedres.kernels.tiling import MAX_LAYER_NORM
+
 BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,15 +37,17 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def use_kernels(input: Tensor, *others: Tensor | None) -> bool:
+def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None) -> bool:
     """Whether a call with these tensors, of which ``input`` is the activation, goes to the kernels.
+
+    ``reason`` is why it does not, where the caller knows one.
 
     Raises:
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers it.
         ValueError: ``FUSEDRES_BACKEND`` is unknown.
     """
     given = [input, *(tensor for tensor in others if tensor is not None)]
-    reason = refusal(input.device, input.dtype) or _transform_refusal(given)
+    reason = refusal(input.device, input.dtype) or reason or _transform_refusal(given)
     for tensor in given:
         reason = reason or _tensor_refusal(tensor)
     if reason is None:
@@ -51,6 +55,26 @@ def use_kernels(input: Tensor, *others: Tensor | None) -> bool:
     if _policy()[0] == "triton" and input.numel() > 0:
         raise RuntimeError(f"FUSEDRES_BACKEND=triton, but {reason}")
     return False
+
+
+def layer_norm_refusal(features: int) -> str | None:
+    """Why no kernel normalises rows of so many features; ``None`` when one does."""
+    return f"no kernel normalises over more than {MAX_LAYER_NORM} features" if features > MAX_LAYER_NORM else None
+
+
+def autocast_dtypes(input: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of a linear map of ``input``, and of the layer normalisation of that, under autocast or without."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return input.dtype, input.dtype
+    linear = torch.get_autocast_dtype(device)
+    return linear, torch.float32 if device == "cuda" else linear
+
+
+@torch.compiler.assume_constant_result
+def tf32() -> bool:
+    """Whether PyTorch is told to multiply float32 matrices in TF32, by its newer or its older switch."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @torch.compiler.assume_constant_result

@@ -43,3 +43,23 @@ def register(
             return operator(*args)
 
     _library.impl(name, autograd, "Autograd")
+
+
+def refuse_double_backward() -> None:
+    """For the start of a backward.
+
+    Raises:
+        NotImplementedError: it is to be differentiated (``create_graph=True``).
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "the kernels have no double backward; FUSEDRES_BACKEND=reference takes PyTorch's own operators"
+        )
+
+
+def reserve_counters(device: torch.device) -> None:
+    """For the fakes of operators whose kernels count arrivals, see :func:`fusedres.kernels.workspace.reserve`."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        from fusedres.kernels.workspace import reserve
+
+        reserve(device)

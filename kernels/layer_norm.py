@@ -99,12 +99,12 @@ def _layer_norm_bwd_kernel(
                 tl.store(dz_ptr + base + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
                 if SUM_DZ:
                     sum_dz += dz
-    partials_ptr += tl.program_id(0) * N + offs_n
+    offs_p = tl.program_id(0) * N + offs_n
     if SUM_AFFINE:
-        tl.store(partials_ptr, _sum_rows(sum_gx), mask=mask_n)
-        tl.store(partials_ptr + programs * N, _sum_rows(sum_g), mask=mask_n)
+        tl.store(partials_ptr + offs_p, _sum_rows(sum_gx), mask=mask_n)
+        tl.store(partials_ptr + programs * N + offs_p, _sum_rows(sum_g), mask=mask_n)
     if SUM_DZ:
-        tl.store(partials_ptr + 2 * programs * N, _sum_rows(sum_dz), mask=mask_n)
+        tl.store(partials_ptr + 2 * programs * N + offs_p, _sum_rows(sum_dz), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["N", "programs"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedres import reference
+from fusedres import functional, reference
 
 EPS_SLACK = 4  # in units of the dtype's eps
 BOUNDARY = 8  # likewise: elements this near zero before the ReLU may fall on either side
@@ -203,4 +203,109 @@ def check_batch_norm(
     for name in ("out", "grad_input", "grad_residual"):
         if name in actual:
             assert actual[name].stride() == eagers[0 if channels_last else 1][name].stride(), name
+    return actual
+
+
+@dataclass
+class LinearInputs:
+    """The tensors of one call of either MLP function, and its cotangent."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ln_weight: Tensor | None
+    ln_bias: Tensor | None
+    residual: Tensor | None
+    grad: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LinearInputs:
+        return LinearInputs(*(None if t is None else function(t) for t in vars(self).values()))  # type: ignore[arg-type]
+
+
+LN_LINEAR, LINEAR_LN = "layer_norm_linear_act", "linear_layer_norm_act"
+
+
+def linear_inputs(
+    order: str,
+    lead: Sequence[int],
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    bias: bool = True,
+    affine: bool = True,
+    ln_bias: bool = True,
+    residual: bool = False,
+    residual_dtype: torch.dtype | None = None,
+    parameter_dtype: torch.dtype | None = None,
+    mean: float = 0.5,
+    std: float = 2.0,
+) -> LinearInputs:
+    """Random inputs on the CPU; ``mean`` and ``std`` are those of the rows that are normalised."""
+    n, k = features
+    first = order == LN_LINEAR
+    normalised = k if first else n
+    x = torch.randn(*lead, k) * std + mean if first else torch.randn(*lead, k)
+    b = torch.randn(n) if first else torch.randn(n) * 0.3 * std + mean
+    r = torch.randn(*lead, n).to(residual_dtype or dtype) if residual else None
+    return LinearInputs(
+        x.to(dtype),
+        (torch.randn(n, k) / math.sqrt(k) * (1.0 if first else std)).to(dtype),
+        b.to(dtype) if bias else None,
+        (torch.randn(normalised) * 0.5 + 1).to(parameter_dtype or dtype) if affine else None,
+        torch.randn(normalised).to(parameter_dtype or dtype) if affine and ln_bias else None,
+        r,
+        torch.randn(*lead, n).to(dtype if r is None else torch.promote_types(dtype, r.dtype)),
+    )
+
+
+def run_linear(module: object, order: str, inputs: LinearInputs, act: str | None) -> Tensors:
+    """Output and gradients by name of ``module``'s function ``order``, of copies of the inputs."""
+    given = inputs.map(lambda t: t.detach().clone().requires_grad_())
+    function = getattr(module, order)
+    if order == LN_LINEAR:
+        out = function(given.input, given.ln_weight, given.ln_bias, given.weight, given.bias, act=act)
+    else:
+        out = function(
+            given.input, given.weight, given.bias, given.ln_weight, given.ln_bias, act=act, residual=given.residual
+        )  # fmt: skip
+    out.backward(inputs.grad.to(out.dtype))
+    named = {f"grad_{name}": t.grad for name, t in vars(given).items() if t is not None and name != "grad"}
+    return {"out": out.detach()} | {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def silence_linear_boundary(order: str, inputs: LinearInputs, dtype: torch.dtype, eps: float = 1e-5) -> None:
+    """Zero the cotangent where rounding to ``dtype`` decides the side of the ReLU.
+
+    A sum of many products counts with the root of the sum of their squares.
+    """
+    x = inputs.map(to_double)
+
+    def normalise(z: Tensor, error: Tensor | float) -> tuple[Tensor, Tensor]:
+        gamma = torch.ones(()) if x.ln_weight is None else x.ln_weight
+        beta = torch.zeros(()) if x.ln_bias is None else x.ln_bias
+        mean, rstd = z.mean(-1, keepdim=True), (z.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+        return (z - mean) * rstd * gamma + beta, (z.abs() + mean.abs() + error) * rstd * gamma.abs() + beta.abs()
+
+    def linear(z: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        offset = torch.zeros(()) if x.bias is None else x.bias
+        return z @ x.weight.t() + offset, (size.square() @ x.weight.t().square()).sqrt() + offset.abs()
+
+    if order == LN_LINEAR:
+        z, size = linear(*normalise(x.input, 0.0))
+    else:
+        z, size = normalise(*linear(x.input, x.input.abs()))
+    near = z.abs() <= BOUNDARY * torch.finfo(dtype).eps * size
+    inputs.grad[near & (z != 0)] = 0
+
+
+def check_linear(
+    order: str, inputs: LinearInputs, device: torch.device, act: str | None, eager_device: torch.device | None = None
+) -> Tensors:
+    """The oracle rule for one call; returns what the fused function gave."""
+    if act is not None:
+        silence_linear_boundary(order, inputs, inputs.input.dtype)
+    actual = run_linear(functional, order, inputs.map(lambda t: t.to(device)), act)
+    eager = run_linear(reference, order, inputs.map(lambda t: t.to(eager_device or device)), act)
+    exact = run_linear(reference, order, inputs.map(to_double), act)
+    assert_as_good_as_eager(actual, [eager], exact)
     return actual

@@ -136,7 +136,7 @@ def _linear_layer_norm_act_backward(
     x, dy = _rows(input), _rows(grad)
     gradients = _gradients(input, ln_weight, ln_bias, weight, needs)
     dx, d_ln_weight, d_ln_bias, d_weight, d_bias = (t if t.numel() else None for t in gradients)
-    dz = None if dx is d_weight is d_bias is None else torch.empty_like(product)
+    dz = None if dx is None and d_weight is None and d_bias is None else torch.empty_like(product)
     summed = product.shape[1] <= tiling.MAX_SUMMED
     layer_norm_bwd(
         dy, product, stats, _contiguous(ln_weight), _contiguous(ln_bias), act, dz, None,

@@ -1,0 +1,342 @@
+"""layer_norm_linear_act and linear_layer_norm_act against the oracle, and what they promise beside."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from triton.runtime import interpreter
+
+from fusedres import functional, reference
+from tests.oracle import (
+    LINEAR_LN,
+    LN_LINEAR,
+    LinearInputs,
+    assert_as_good_as_eager,
+    check_linear,
+    linear_inputs,
+    run_linear,
+    silence_linear_boundary,
+    to_double,
+)
+
+pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+both_orders = pytest.mark.parametrize("order", [LN_LINEAR, LINEAR_LN])
+both_paths = pytest.mark.parametrize("features", [(40, 52), (1100, 24)], ids=["one kernel", "vendor product"])
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """float32 products in TF32, which an interpreter and a CPU compute in float32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@contextmanager
+def recorded_kernels() -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Names and arguments of the kernels that are interpreted."""
+    seen: list[tuple[str, dict[str, Any]]] = []
+    run = interpreter.GridExecutor.__call__
+
+    def record(executor, *args, **kwargs):
+        seen.append((executor.fn.__name__, dict(zip(executor.arg_names, args, strict=False)) | kwargs))
+        return run(executor, *args, **kwargs)
+
+    with mock.patch.object(interpreter.GridExecutor, "__call__", record):
+        yield seen
+
+
+@pytest.mark.parametrize("act", ["relu", None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("tf32")
+@both_orders
+@both_paths
+def test_oracle(device, order, features, dtype, act):
+    check_linear(order, linear_inputs(order, (33,), features, dtype), device, act)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [(24, 52), (40, 52), (64, 33), (65, 33)], ids=str)
+@both_orders
+def test_float32_products(device, order, features, dtype):
+    """On both sides of the widths up to which a kernel multiplies float32 exactly."""
+    check_linear(order, linear_inputs(order, (21,), features, dtype), device, "relu")
+
+
+@pytest.mark.parametrize("residual_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ["relu", None])
+@pytest.mark.usefixtures("tf32")
+@both_paths
+def test_residual(device, features, act, dtype, residual_dtype):
+    inputs = linear_inputs(LINEAR_LN, (9,), features, dtype, residual=True, residual_dtype=residual_dtype)
+    actual = check_linear(LINEAR_LN, inputs, device, act)
+    assert actual["out"].dtype == torch.promote_types(dtype, residual_dtype)
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 1, 3, 5), (129,)], ids=str)
+@both_orders
+@both_paths
+def test_leading_shapes(device, order, features, lead):
+    actual = check_linear(order, linear_inputs(order, lead, features, torch.bfloat16), device, "relu")
+    assert actual["out"].shape == (*lead, features[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "features"),
+    [
+        (5, (1, 1)),
+        (7, (1, 300)),
+        (7, (300, 1)),
+        (70, (3, 5)),
+        (70, (17, 67)),
+        (300, (102, 96)),
+        (3, (512, 512)),
+        (40, (500, 1000)),
+        (2, (8192, 24)),
+        (3, (24, 8192)),
+        (3, (67, 5003)),
+        (3, (5003, 67)),
+        (1030, (64, 1040)),  # long sums of many rows
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("tf32")
+@both_orders
+def test_shapes(device, order, rows, features, dtype):
+    check_linear(order, linear_inputs(order, (rows,), features, dtype), device, "relu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": False},
+        {"affine": False},
+        {"ln_bias": False},
+        {"bias": False, "affine": False},
+        {"parameter_dtype": torch.float32},
+    ],
+    ids=str,
+)
+@both_orders
+@both_paths
+def test_parameters(device, order, features, options):
+    inputs = linear_inputs(order, (33,), features, torch.bfloat16, **options)
+    # Eager on a GPU does not mix the dtypes of input and parameters, on a CPU it does.
+    check_linear(order, inputs, device, "relu", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("tf32")
+@both_orders
+@both_paths
+def test_large_mean(device, order, features, dtype):
+    """|mean|/std of 1e3, where 16 bits leave that much of the values."""
+    std = {torch.float32: 1.0, torch.float16: 1.0, torch.bfloat16: 8.0}[dtype]
+    inputs = linear_inputs(order, (33,), features, dtype, mean=1e3 * std, std=std)
+    check_linear(order, inputs, device, None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@both_orders
+@both_paths
+def test_not_finite(device, order, features, value):
+    inputs = linear_inputs(order, (6,), features, torch.bfloat16, residual=order == LINEAR_LN)
+    inputs.input[2, 3] = value
+    actual = run_linear(functional, order, inputs.map(lambda t: t.to(device)), "relu")
+    exact = run_linear(reference, order, inputs.map(to_double), "relu")
+    assert actual["out"].isnan().any()
+    for name in ("out", "grad_input", "grad_weight"):
+        assert torch.equal(actual[name].isnan().cpu(), exact[name].isnan()), name
+
+
+@both_orders
+@both_paths
+def test_deterministic(device, order, features):
+    inputs = linear_inputs(order, (300,), features, torch.bfloat16).map(lambda t: t.to(device))
+    first, second = (run_linear(functional, order, inputs, "relu") for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+NAMES = ("input", "weight", "bias", "ln_weight", "ln_bias", "residual")
+
+
+def call(order: str, given: LinearInputs, act: str | None = "relu") -> Tensor:
+    if order == LN_LINEAR:
+        return functional.layer_norm_linear_act(
+            given.input, given.ln_weight, given.ln_bias, given.weight, given.bias, act=act
+        )
+    return functional.linear_layer_norm_act(
+        given.input, given.weight, given.bias, given.ln_weight, given.ln_bias, act=act, residual=given.residual
+    )
+
+
+@pytest.mark.parametrize("act", ["relu", None])
+@pytest.mark.parametrize(
+    "wanted", [set(c) for n in (1, 2) for c in itertools.combinations(NAMES, n)], ids=lambda s: "+".join(sorted(s))
+)
+@both_orders
+def test_partial_gradients(device, order, wanted, act):
+    """What needs no gradient gets none, and the rest does not change."""
+    if "residual" in wanted and order == LN_LINEAR:
+        pytest.skip("there is no residual in this order")
+    inputs = linear_inputs(order, (9,), (40, 52), torch.float32, residual=order == LINEAR_LN)
+    inputs = inputs.map(lambda t: t.to(device))
+    everything = run_linear(functional, order, inputs, act)
+    given = inputs.map(lambda t: t.clone())
+    for name in wanted:
+        getattr(given, name).requires_grad_()
+    call(order, given, act).backward(inputs.grad)
+    for name in NAMES:
+        leaf = getattr(given, name)
+        if name in wanted:
+            assert torch.equal(leaf.grad, everything[f"grad_{name}"]), name
+        elif leaf is not None:
+            assert leaf.grad is None
+
+
+@both_orders
+@both_paths
+def test_strided(device, order, features):
+    """Transposed weights, slices and expanded gradients and vectors: copied where needed, right always."""
+    dense = linear_inputs(order, (4, 6), features, torch.float32, residual=order == LINEAR_LN)
+
+    def spread(t: Tensor) -> Tensor:
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), 7.0)
+        wide[..., ::2] = t
+        return wide[..., ::2]
+
+    strided = dense.map(lambda t: spread(t).to(device))
+    strided.weight = dense.weight.t().contiguous().t().to(device)
+    strided.input = strided.input.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.weight.is_contiguous()
+    leaves = strided.map(lambda t: t.detach().requires_grad_())
+    out = call(order, leaves)
+    out.mean().backward()
+    dense.grad = torch.full_like(dense.grad, 1 / out.numel())
+    exact = run_linear(reference, order, dense.map(to_double), "relu")
+    torch.testing.assert_close(out.double().cpu(), exact["out"], rtol=1e-5, atol=1e-5)
+    for name in NAMES:
+        leaf = getattr(leaves, name)
+        if leaf is not None:
+            torch.testing.assert_close(leaf.grad.double().cpu(), exact[f"grad_{name}"], rtol=1e-4, atol=1e-6)
+
+
+@both_orders
+@pytest.mark.parametrize("lead", [(0,), (3, 0)], ids=str)
+def test_no_rows(device, order, lead):
+    inputs = linear_inputs(order, lead, (5, 7), torch.float32, residual=order == LINEAR_LN)
+    actual = run_linear(functional, order, inputs.map(lambda t: t.to(device)), "relu")
+    assert actual["out"].shape == (*lead, 5)
+    assert not actual["grad_weight"].any() and not actual["grad_ln_weight"].any()
+
+
+@hypothesis.given(
+    order=st.sampled_from([LN_LINEAR, LINEAR_LN]),
+    rows=st.integers(1, 150),
+    features=st.tuples(st.integers(2, 300), st.integers(2, 300)),
+    dtype=st.sampled_from(DTYPES),
+    act=st.sampled_from(["relu", None]),
+    residual=st.booleans(),
+    bias=st.booleans(),
+)
+@hypothesis.settings(
+    max_examples=30, deadline=None, derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@pytest.mark.usefixtures("tf32")
+def test_random_shapes(device, order, rows, features, dtype, act, residual, bias):
+    # Two values normalise to ±1 whatever they are: their gradient is rounding noise in any implementation.
+    hypothesis.assume((features[1] if order == LN_LINEAR else features[0]) > 3)
+    inputs = linear_inputs(order, (rows,), features, dtype, bias=bias, residual=residual and order == LINEAR_LN)
+    check_linear(order, inputs, device, act)
+
+
+@both_orders
+def test_more_features_than_a_row_kernel_holds(device, order, monkeypatch):
+    features = (4, 8193) if order == LN_LINEAR else (8193, 4)
+    inputs = linear_inputs(order, (2,), features, torch.float32).map(lambda t: t.to(device))
+    with pytest.raises(RuntimeError, match="more than 8192 features"):
+        run_linear(functional, order, inputs, "relu")
+    monkeypatch.setenv("FUSEDRES_BACKEND", "auto")
+    actual, expected = (run_linear(module, order, inputs, "relu") for module in (functional, reference))
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("order", "features", "kernels"),
+    [
+        (LN_LINEAR, (40, 52), ["_layer_norm_linear_fwd_kernel"]),
+        (LN_LINEAR, (1100, 24), ["_layer_norm_fwd_kernel"]),
+        (LINEAR_LN, (40, 52), ["_linear_layer_norm_fwd_kernel"]),
+        (LINEAR_LN, (1100, 24), ["_layer_norm_fwd_kernel"]),
+    ],
+)
+def test_launches(order, features, kernels):
+    """One launch forward; the mask and the bias gradient one, LayerNorm's gradients one and a small one."""
+    inputs = linear_inputs(order, (9,), features, torch.bfloat16)
+    with recorded_kernels() as seen:
+        run_linear(functional, order, inputs, "relu")
+    masks = ["_relu_bias_bwd_kernel"] if order == LN_LINEAR else []
+    assert [name for name, _ in seen] == [*kernels, *masks, "_layer_norm_bwd_kernel", "_column_sums_kernel"]
+
+
+@pytest.mark.parametrize("switch", ["fp32_precision", "allow_tf32", "set_float32_matmul_precision"])
+@both_orders
+def test_tf32_follows_pytorch(order, switch):
+    inputs = linear_inputs(order, (9,), (24, 52), torch.float32)
+
+    def precisions() -> set[str]:
+        with recorded_kernels() as seen, torch.no_grad():
+            call(order, inputs)
+        return {arguments["PRECISION"] for _, arguments in seen}
+
+    matmul = torch.backends.cuda.matmul
+    assert precisions() == {"ieee"}
+    try:
+        if switch == "fp32_precision":
+            matmul.fp32_precision = "tf32"
+        elif switch == "allow_tf32":
+            matmul.allow_tf32 = True
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert precisions() == {"tf32"}
+    finally:
+        matmul.fp32_precision = "ieee"
+    assert precisions() == {"ieee"}
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("residual_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@both_orders
+@both_paths
+def test_autocast(device, order, features, input_dtype, residual_dtype):
+    """Dtypes of the output and of every gradient are eager's; parameters stay float32."""
+    if order == LN_LINEAR and residual_dtype is not None:
+        pytest.skip("there is no residual in this order")
+    inputs = linear_inputs(
+        order, (33,), features, torch.float32, residual=residual_dtype is not None, residual_dtype=residual_dtype
+    )
+    inputs.input = inputs.input.to(input_dtype)
+    silence_linear_boundary(order, inputs, torch.bfloat16)
+    given = inputs.map(lambda t: t.to(device))
+    with torch.autocast(device.type, torch.bfloat16):
+        actual, eager = (run_linear(module, order, given, "relu") for module in (functional, reference))
+    exact = run_linear(reference, order, inputs.map(to_double), "relu")
+    assert {name: t.dtype for name, t in actual.items()} == {name: t.dtype for name, t in eager.items()}
+    products = [{name: t.bfloat16() for name, t in tensors.items()} for tensors in (actual, eager)]
+    assert_as_good_as_eager(products[0], products[1:], exact)

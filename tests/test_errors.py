@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fusedres import functional
 from fusedres.functional import batch_norm_act
 from fusedres.nn import BasicBlock, BatchNormAct2d, as_batch_norm_act
 
@@ -81,3 +82,52 @@ def test_blocks():
         BasicBlock(4, 4, norm_layer=lambda planes: torch.nn.GroupNorm(2, planes))
     with pytest.raises(TypeError, match="Identity"):
         as_batch_norm_act(torch.nn.Identity(), None)
+
+
+def linear_arguments(order: str, **changes):
+    given = {"input": torch.randn(2, 5, 3), "weight": torch.randn(4, 3), "bias": torch.zeros(4)}
+    size = 3 if order == "layer_norm_linear_act" else 4
+    return given | {"ln_weight": torch.ones(size), "ln_bias": torch.zeros(size), "act": "relu"} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"act": "gelu"}, ValueError, "act must be .*'gelu'"),
+        ({"input": torch.ones(2, 3, dtype=torch.int32)}, TypeError, r"input .*torch\.int32"),
+        ({"input": torch.ones(2, 3, dtype=torch.complex64)}, TypeError, r"input .*torch\.complex64"),
+        ({"input": torch.randn(2, 4)}, ValueError, r"input must have shape \(\*, 3\), got \(2, 4\)"),
+        ({"input": torch.randn(())}, ValueError, r"input must have shape \(\*, 3\), got \(\)"),
+        ({"input": torch.randn(2, 3, dtype=torch.float64)}, TypeError, r"weight .*torch\.float64.*torch\.float32"),
+        ({"weight": torch.randn(3)}, ValueError, r"weight must have 2 dimensions .*\(3,\)"),
+        ({"weight": torch.ones(4, 3, dtype=torch.int64)}, TypeError, r"weight .*torch\.int64"),
+        ({"weight": torch.empty(4, 3, device="meta")}, ValueError, "weight must be on cpu, got meta"),
+        ({"bias": torch.ones(3)}, ValueError, r"bias must have shape \(4,\), got \(3,\)"),
+        ({"bias": torch.ones(4, dtype=torch.float16)}, TypeError, r"bias .*torch\.float16"),
+        ({"ln_weight": torch.ones(7)}, ValueError, r"ln_weight must have shape .*\(7,\)"),
+        ({"ln_bias": torch.ones(1, 3)}, ValueError, r"ln_bias must have shape .*\(1, 3\)"),
+        ({"ln_bias": torch.ones(3, dtype=torch.float64)}, (TypeError, ValueError), "ln_bias"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+@pytest.mark.parametrize("order", ["layer_norm_linear_act", "linear_layer_norm_act"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_linear(monkeypatch, backend, order, changes, error, message):
+    monkeypatch.setenv("FUSEDRES_BACKEND", backend)
+    with pytest.raises(error, match=message):
+        getattr(functional, order)(**linear_arguments(order, **changes))
+
+
+@pytest.mark.parametrize(
+    ("residual", "error", "message"),
+    [
+        (torch.randn(2, 5, 3), ValueError, r"residual must have shape \(2, 5, 4\), got \(2, 5, 3\)"),
+        (torch.randn(4), ValueError, r"residual .*\(4,\)"),
+        (torch.ones(2, 5, 4, dtype=torch.int64), TypeError, r"residual .*torch\.int64"),
+        (torch.empty(2, 5, 4, device="meta"), ValueError, "residual must be on cpu, got meta"),
+    ],
+    ids=str,
+)
+def test_linear_residual(residual, error, message):
+    with pytest.raises(error, match=message):
+        functional.linear_layer_norm_act(**linear_arguments("linear_layer_norm_act", residual=residual))

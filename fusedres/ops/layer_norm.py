@@ -35,21 +35,17 @@ def _layer_norm_linear_act(
     x, weight = _rows(input), weight.contiguous()
     ln_weight, ln_bias, bias = _contiguous(ln_weight), _contiguous(ln_bias), _contiguous(bias)
     (M, K), N = x.shape, weight.shape[0]
+    out = weight.new_empty((*input.shape[:-1], N))
     stats = x.new_empty((2, M) if save_for_backward else 0, dtype=torch.float32)
     saved = stats if save_for_backward else None
     if tiling.fuses_layer_norm_linear(M, N, K, weight.itemsize, tf32):
-        out = weight.new_empty((M, N))
         config = tiling.layer_norm_linear(M, N, K, weight.itemsize, tf32, num_sms(x.device))
-        layer_norm_linear_fwd(x, ln_weight, ln_bias, weight, bias, saved, config, eps, act, tf32, out)
+        layer_norm_linear_fwd(x, ln_weight, ln_bias, weight, bias, saved, config, eps, act, tf32, _rows(out))
     else:
         normalised = torch.empty_like(x, dtype=weight.dtype)
         layer_norm_fwd(x, None, ln_weight, ln_bias, saved, eps, None, normalised)
-        if act == "relu" and bias is not None:
-            out = torch.ops.aten._addmm_activation(bias, normalised, weight.t())
-        else:
-            out = torch.nn.functional.linear(normalised, weight, bias)
-            out = torch.relu_(out) if act == "relu" else out
-    return out.view(*input.shape[:-1], N), stats
+        _linear(normalised, weight, bias, act, _rows(out))
+    return out, stats
 
 
 def _layer_norm_linear_act_backward(
@@ -102,7 +98,8 @@ def _linear_layer_norm_act(
     x, weight, residual = _rows(input), weight.contiguous(), None if residual is None else _rows(residual)
     bias, ln_weight, ln_bias = _contiguous(bias), _contiguous(ln_weight), _contiguous(ln_bias)
     (M, K), N = x.shape, weight.shape[0]
-    out = x.new_empty((M, N), dtype=dtype if residual is None else torch.promote_types(dtype, residual.dtype))
+    dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    out = x.new_empty((*input.shape[:-1], N), dtype=dtype)
     stats = x.new_empty((2, M) if save_for_backward else 0, dtype=torch.float32)
     saved = stats if save_for_backward else None
     sms = num_sms(x.device)
@@ -111,13 +108,14 @@ def _linear_layer_norm_act(
         config = tiling.linear_layer_norm(M, N, K, x.itemsize, sms)
         linear_layer_norm_fwd(
             x, weight, bias, ln_weight, ln_bias, residual, product if save_for_backward else None, saved, config,
-            eps, act, tf32, out,
+            eps, act, tf32, _rows(out),
         )  # fmt: skip
     else:
-        product = torch.nn.functional.linear(x, weight, bias)
-        layer_norm_fwd(product, residual, ln_weight, ln_bias, saved, eps, act, out)
+        product = x.new_empty((M, N))
+        _linear(x, weight, bias, None, product)
+        layer_norm_fwd(product, residual, ln_weight, ln_bias, saved, eps, act, _rows(out))
         product = product if save_for_backward else x.new_empty(0)
-    return out.view(*input.shape[:-1], N), product, stats
+    return out, product, stats
 
 
 def _linear_layer_norm_act_backward(
@@ -152,6 +150,18 @@ def _linear_layer_norm_act_backward(
     return gradients
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, out: Tensor) -> None:
+    """The vendor's product, with the ReLU in its epilogue where it has one."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    elif act == "relu":
+        torch.ops.aten._addmm_activation.out(bias, x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+    if bias is None and act == "relu":
+        torch.relu_(out)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """[M, features], dense; a view where it can be one."""
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
@@ -183,7 +193,7 @@ def _gradients(
 
 def _fake_layer_norm_linear_act(input: Tensor, ln_weight: Any, ln_bias: Any, weight: Tensor, *args: Any):
     reserve_counters(input.device)  # for the backward
-    stats = input.new_empty((2, input.shape[:-1].numel()) if args[-1] else 0, dtype=torch.float32)
+    stats = input.new_empty((2, input.numel() // input.shape[-1]) if args[-1] else 0, dtype=torch.float32)
     return weight.new_empty((*input.shape[:-1], weight.shape[0])), stats
 
 
@@ -197,7 +207,7 @@ def _fake_linear_layer_norm_act(
     input: Tensor, weight: Tensor, bias: Any, ln_weight: Any, ln_bias: Any, residual: Tensor | None,
     dtype: torch.dtype, *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, features = input.shape[:-1].numel(), weight.shape[0]
+    rows, features = input.numel() // input.shape[-1], weight.shape[0]
     dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
     return (
         input.new_empty((*input.shape[:-1], features), dtype=dtype),

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres import models
+from tests.zoo_mlp import FunctionalMLPBlock as FunctionalMLPBlock
+from tests.zoo_mlp import HandMLP as HandMLP
+from tests.zoo_mlp import MLPBlock as MLPBlock
+from tests.zoo_mlp import mlp as mlp
 
 TOLERANCE: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-8}
 SMALL_INPUT = (2, 3, 8, 8)
@@ -34,6 +38,22 @@ def torchvision_models() -> ModuleType:
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)
         return importlib.import_module("torchvision.models")
+
+
+@functools.cache
+def timm_models() -> ModuleType:
+    """timm; its model files import torchvision."""
+    torchvision_models()
+    return pytest.importorskip("timm")
+
+
+def timm_resnetv2(name: str = "resnetv2_50", layers: tuple[int, ...] = (1, 2), width: int = 16) -> nn.Module:
+    """timm's pre-activation ResNets with BatchNorm, small: resnetv2_18 and 34 (basic), 50, 101 and 152, each also "d".
+
+    Its norms are timm's BatchNormAct2d, which apply ReLU themselves; the "d" variants pool in the shortcut.
+    """
+    channels = tuple(width * 2**i for i in range(len(layers)))  # timm rounds to multiples of 8
+    return timm_models().create_model(name, layers=layers, channels=channels, stem_chs=8, num_classes=5)
 
 
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
@@ -211,6 +231,106 @@ class SqueezeExcite(nn.Module):
         return torch.relu(x + y * self.se(y))
 
 
+class KuangliuBlock(nn.Module):
+    """Pre-activation; the shortcut exists only where the shape changes and starts from the pre-activated input."""
+
+    expansion = 1
+
+    def __init__(self, in_planes: int, planes: int, stride: int = 1) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = conv(in_planes, planes, 3, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = conv(planes, planes)
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(conv(in_planes, planes, 1, stride))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        shortcut = self.shortcut(out) if hasattr(self, "shortcut") else x
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.bn2(out)))
+        out += shortcut
+        return out
+
+
+class KuangliuBottleneck(nn.Module):
+    """Its basic neighbour with three convolutions."""
+
+    expansion = 4
+
+    def __init__(self, in_planes: int, planes: int, stride: int = 1) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = conv(in_planes, planes, 1)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = conv(planes, planes, 3, stride)
+        self.bn3 = nn.BatchNorm2d(planes)
+        self.conv3 = conv(planes, planes * 4, 1)
+        if stride != 1 or in_planes != planes * 4:
+            self.shortcut = nn.Sequential(conv(in_planes, planes * 4, 1, stride))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        shortcut = self.shortcut(out) if hasattr(self, "shortcut") else x
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.bn2(out)))
+        out = self.conv3(F.relu(self.bn3(out)))
+        out += shortcut
+        return out
+
+
+class ZeroPadBlock(nn.Module):
+    """Pre-activation; the identity itself is subsampled and zero-padded, and comes first in the addition."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = conv(inputs, width, 3, stride)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv2 = conv(width, width)
+        self.act = nn.ReLU(inplace=True)
+        self.stride = stride
+        self.extra = width - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(self.act(self.norm1(x)))
+        y = self.conv2(self.act(self.norm2(y)))
+        if self.stride != 1 or self.extra:
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2)
+            )
+        return x + y
+
+
+class HandPreActResNet(nn.Module):
+    """Pre-activation blocks of any kind; the last BatchNorm and ReLU come after the stages."""
+
+    def __init__(self, block: type[nn.Module], layers: list[int], classes: int = 10, width: int = 8) -> None:
+        super().__init__()
+        self.in_planes = width
+        self.conv1 = conv(3, width)
+        stages = [self._make_layer(block, width * 2**i, n, stride=1 + (i > 0)) for i, n in enumerate(layers)]
+        self.layers = nn.Sequential(*stages)
+        self.bn = nn.BatchNorm2d(self.in_planes)
+        self.linear = nn.Linear(self.in_planes, classes)
+
+    def _make_layer(self, block, planes: int, blocks: int, stride: int) -> nn.Sequential:
+        layers = []
+        for s in [stride] + [1] * (blocks - 1):
+            layers.append(block(self.in_planes, planes, s))
+            self.in_planes = planes * block.expansion
+        return nn.Sequential(*layers)
+
+    def forward(self, x):
+        out = self.layers(self.conv1(x))
+        out = F.relu(self.bn(out))
+        out = F.adaptive_avg_pool2d(out, 1).flatten(1)
+        return self.linear(out)
+
+
 def hand_resnet34(block: type[nn.Module] = ResBlock, **kwargs) -> HandResNet:
     return HandResNet(block, [3, 4, 6, 3], **kwargs)
 
@@ -220,11 +340,12 @@ def hand_resnet50(**kwargs) -> HandResNet:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """float64, with BatchNorms that are not the identity."""
+    """float64, with normalisations that are not the identity."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.3

@@ -347,7 +347,7 @@ def randomise(model: nn.Module) -> nn.Module:
             if module.bias is not None:
                 nn.init.normal_(module.bias)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout) and module.p:
             module.p = 0.3
     return model.double()
 

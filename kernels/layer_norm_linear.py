@@ -46,7 +46,7 @@ def _streamed_moments(x_ptr, offsets, mask_m, K, EPS: tl.constexpr, BLOCK_M: tl.
     lanes = tl.arange(0, BLOCK_K)
     mean = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
     m2 = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=3):  # as loads for a product are by themselves
         mask_k = lanes < K - k0
         x = tl.load(x_ptr + k0 + offsets, mask=mask_m[:, None] & mask_k[None, :], other=0.0).to(tl.float32)
         delta = tl.where(mask_k[None, :], x - mean, 0.0)

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made about three times faster without changing what it computes."""
+"""Triton's interpreter, made about three times faster, and to round to bfloat16 as the hardware does."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 
 @contextmanager
 def fast_interpreter() -> Iterator[None]:
-    """Leave out two costs of interpreted kernels that are paid at every operation.
+    """Leave out two costs of interpreted kernels that are paid at every operation, and mend one cast.
 
     ``tl`` is patched once a launch for each function instead of at every call of a helper, and 32-bit arithmetic is
-    not repeated in 64 bits to look for overflow. Works in triton 3.6 and 3.7.
+    not repeated in 64 bits to look for overflow. A cast to bfloat16 rounds to the nearest instead of towards zero.
+    Works in triton 3.6 and 3.7.
     """
     from triton.runtime import interpreter
 
@@ -38,10 +41,26 @@ def fast_interpreter() -> Iterator[None]:
 
         return wrapper
 
+    def convert(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if source == interpreter.tl.float32 and target == interpreter.tl.bfloat16:
+            return _to_bfloat16(values)
+        if source == interpreter.tl.bfloat16 and target == interpreter.tl.float32:
+            return values.astype(np.uint32) << 16
+        return convert_any(values, source, target, rounding)
+
+    convert_any = interpreter._convert_float
     options = type(interpreter.interpreter_builder.options)(sanitize_overflow=False)
     with (
         mock.patch.object(interpreter, "_patch_lang", patch_once(interpreter._patch_lang)),
         mock.patch.object(interpreter.GridExecutor, "__call__", forget(interpreter.GridExecutor.__call__)),
         mock.patch.object(interpreter.interpreter_builder, "options", options),
+        mock.patch.object(interpreter, "_convert_float", convert),
     ):
         yield
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The bits of float32 ``values`` rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    nearest = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, nearest).astype(np.uint16)

@@ -102,15 +102,28 @@ def add_batch_norm_act(
         ``s`` and ``act(batch_norm(s))``, both of ``input``'s shape and memory format.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`batch_norm_act`.
+        TypeError, ValueError, RuntimeError: as :func:`batch_norm_act`, where ``input`` is the sum or a term of it.
     """
     _check_batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, residual, act, num_batches_tracked
-    )
-    return reference.add_batch_norm_act(
-        input, residual, running_mean, running_var, weight, bias, training, momentum, eps,
-        act=act, num_batches_tracked=num_batches_tracked,
+        input, running_mean, running_var, weight, bias, training, momentum, residual, act, num_batches_tracked,
+        dtype=torch.promote_types(input.dtype, residual.dtype),
     )  # fmt: skip
+    if not use_kernels(input, residual, weight, bias, running_mean, running_var):
+        return reference.add_batch_norm_act(
+            input, residual, running_mean, running_var, weight, bias, training, momentum, eps,
+            act=act, num_batches_tracked=num_batches_tracked,
+        )  # fmt: skip
+    save_for_backward = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, residual, weight, bias)
+    )
+    if training:
+        return torch.ops.fusedres.add_batch_norm_act(
+            input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, act,
+            save_for_backward,
+        )[:2]  # fmt: skip
+    return torch.ops.fusedres.add_batch_norm_act_inference(
+        input, residual, weight, bias, running_mean, running_var, eps, act, save_for_backward
+    )[:2]
 
 
 def layer_norm_linear_act(
@@ -225,11 +238,16 @@ def _check_batch_norm(
     residual: Tensor | None,
     act: str | None,
     num_batches_tracked: Tensor | None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise TypeError or ValueError, naming the argument and the value, before anything is launched."""
+    """Raise TypeError or ValueError, naming the argument and the value, before anything is launched.
+
+    ``dtype``: of the sum where it is input + residual that is normalised.
+    """
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
-    if not (input.is_floating_point() or input.is_complex()):
+    if not input.is_floating_point():
         raise TypeError(f"input must be floating-point, got {input.dtype}")
     if input.dim() < 2:
         raise ValueError(f"input must have at least 2 dimensions (N, C, *), got shape {tuple(input.shape)}")
@@ -241,9 +259,11 @@ def _check_batch_norm(
         ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
     ):  # fmt: skip
         if tensor is not None:
-            _check_vector(name, tensor, input.shape[1], input)
+            _check_vector(name, tensor, input.shape[1], input, dtype)
     if residual is not None:
         _check_residual(residual, input, input.shape)
+        if dtype is not None and dtype.is_complex:
+            raise TypeError(f"residual must be floating-point, got {residual.dtype}")
     if not training:
         return
     if input.numel() == input.shape[1] != 0:
@@ -283,11 +303,13 @@ def _autocasts(input: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _check_vector(name: str, tensor: Tensor, size: int, input: Tensor) -> None:
+def _check_vector(name: str, tensor: Tensor, size: int, input: Tensor, dtype: torch.dtype | None = None) -> None:
+    """``dtype``: of what is normalised, where it is not ``input``'s."""
     if tensor.dim() != 1 or tensor.shape[0] != size:
         raise ValueError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
-    if tensor.dtype != torch.float32 and tensor.dtype != input.dtype:
-        raise TypeError(f"{name} must be float32 or of input's dtype {input.dtype}, got {tensor.dtype}")
+    if tensor.dtype not in (torch.float32, dtype or input.dtype):
+        whose = "input's dtype" if dtype is None else "the sum's dtype"
+        raise TypeError(f"{name} must be float32 or of {whose} {dtype or input.dtype}, got {tensor.dtype}")
     _check_device(name, tensor, input)
 
 

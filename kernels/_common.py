@@ -38,6 +38,21 @@ def _tile_offsets(row0, offs_c, C, S, BLOCK_M: tl.constexpr, CHANNELS_LAST: tl.c
 
 
 @triton.jit
+def _load_sum(x_ptr, residual_ptr, s_ptr, base, offsets, mask, ADD: tl.constexpr):
+    """One tile of x in float32; with ADD, of s = x + residual, which is stored.
+
+    s is rounded like what is stored, so that those who read it again compute with the same values.
+    """
+    x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        residual = tl.load(residual_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        s = (x + residual).to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + base + offsets, s, mask=mask)
+        x = s.to(tl.float32)
+    return x
+
+
+@triton.jit
 def _mask_offsets(row0, offs_c, M, C, BLOCK_M: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Byte offsets [BLOCK_M / 8, BLOCK_C] into the 1-bit mask, and which of them exist."""
     bytes_m = (M + 7) // 8

@@ -2,6 +2,8 @@
 
 With g = dy where the ReLU was open, the sums Σg and Σg·(x − mean) give dβ and dγ and, when the statistics were
 those of the batch, dx = scale·(g − Σg/M − (x − mean)·rstd²·Σg·(x − mean)/M). Frozen statistics: dx = scale·g.
+
+Where x was a sum s that is an output too, the gradient ds that it receives as such is added to dx.
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -71,18 +73,16 @@ def _store_parameter_gradients(sum_g, sum_gx, rstd, dweight_ptr, dbias_ptr, offs
         tl.store(dbias_ptr + offs_c, sum_g, mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["M", "C", "S", "programs"])
+@triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_bwd_reduce_kernel(
-    dy_ptr, x_ptr, mask_ptr, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr,
+    dy_ptr, ds_ptr, x_ptr, mask_ptr, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr,
     dresidual_ptr, dx_ptr,
-    M, C, S, programs,
+    M, C, S,
     RELU: tl.constexpr, SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
-    channel_tiles = tl.cdiv(C, BLOCK_C)
-    pid_c = tl.program_id(0) % channel_tiles
-    pid_m = tl.program_id(0) // channel_tiles
+    pid_c, pid_m, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
@@ -101,7 +101,10 @@ def _batch_norm_bwd_reduce_kernel(
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + base + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if dx_ptr is not None:  # frozen statistics
-            tl.store(dx_ptr + base + offsets, (g * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
+            dx = g * scale[None, :]
+            if ds_ptr is not None:
+                dx += tl.load(ds_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         sum_g += g
         sum_gx += g * x_centred
 
@@ -132,7 +135,7 @@ def _batch_norm_bwd_reduce_kernel(
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_bwd_apply_kernel(
-    g_ptr, x_ptr, mask_ptr, stats_ptr, means_ptr, dx_ptr,
+    g_ptr, ds_ptr, x_ptr, mask_ptr, stats_ptr, means_ptr, dx_ptr,
     M, C, S,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -159,12 +162,14 @@ def _batch_norm_bwd_apply_kernel(
             RELU, True, CHANNELS_LAST, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         dx = scale[None, :] * (g - mean_g[None, :] - x_centred * mean_gx[None, :])
+        if ds_ptr is not None:
+            dx += tl.load(ds_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_bwd_on_chip_kernel(
-    dy_ptr, x_ptr, mask_ptr, stats_ptr, dweight_ptr, dbias_ptr, dresidual_ptr, dx_ptr,
+    dy_ptr, ds_ptr, x_ptr, mask_ptr, stats_ptr, dweight_ptr, dbias_ptr, dresidual_ptr, dx_ptr,
     M, C, S,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -184,6 +189,8 @@ def _batch_norm_bwd_on_chip_kernel(
         dy_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
         RELU, True, CHANNELS_LAST, BLOCK_M, BLOCK_C,
     )  # fmt: skip
+    if ds_ptr is not None:
+        ds = tl.load(ds_ptr + base + offsets, mask=mask, other=0.0)  # with the others, not behind the sums
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + base + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
     sum_g = _sum_rows(g)
@@ -193,39 +200,42 @@ def _batch_norm_bwd_on_chip_kernel(
         mean_g = sum_g / M.to(tl.float32)
         mean_gx = rstd * rstd * (sum_gx / M.to(tl.float32))
         dx = scale[None, :] * (g - mean_g[None, :] - x_centred * mean_gx[None, :])
+        if ds_ptr is not None:
+            dx += ds.to(tl.float32)
         tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def batch_norm_bwd_reduce(
     dy: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, view: Rows, act: str | None, out: Gradients,
-    means: Tensor | None,
+    means: Tensor | None, ds: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill the parameter gradients and dresidual of ``out``, and ``means`` [2, C] for the apply kernel.
 
-    ``out.x`` given: the statistics were frozen, and this launch writes it too. Reads dy, x (unless nothing
-    needs it) and the mask, writes dresidual; one launch.
+    ``out.x`` given: the statistics were frozen, and this launch writes it too, with ``ds`` added. Reads dy, x (unless
+    nothing needs it), the mask and ds, writes dresidual; one launch.
     """
     config = tiling.reduction(view, dy.itemsize, num_sms(x.device))
     sums = means is not None or out.weight is not None or out.bias is not None
     partials = torch.empty((2, config.programs, view.C), dtype=torch.float32, device=x.device) if sums else None
     with on_device(x.device):
-        _batch_norm_bwd_reduce_kernel[config.grid](
-            dy, x, mask, stats, counters(x.device) if sums else None, partials, means, out.weight, out.bias,
+        _batch_norm_bwd_reduce_kernel[config.channel_tiles, config.programs](
+            dy, ds, x, mask, stats, counters(x.device) if sums else None, partials, means, out.weight, out.bias,
             out.residual, out.x,
-            view.M, view.C, view.S, config.programs,
+            view.M, view.C, view.S,
             RELU=act == "relu", SUMS=sums, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,
         )  # fmt: skip
 
 
 def batch_norm_bwd_apply(
-    g: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, means: Tensor, view: Rows, act: str | None, dx: Tensor
-) -> None:
-    """Fill dx. Reads g (or dy, with the mask or ``act``) and x, writes dx; one launch."""
+    g: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, means: Tensor, view: Rows, act: str | None, dx: Tensor,
+    ds: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill dx. Reads g (or dy, with the mask or ``act``), x and ds, writes dx; one launch."""
     config = tiling.elementwise(view, g.itemsize)
     with on_device(x.device):
         _batch_norm_bwd_apply_kernel[config.grid](
-            g, x, mask, stats, means, dx,
+            g, ds, x, mask, stats, means, dx,
             view.M, view.C, view.S,
             RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             TILES=config.tiles, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
@@ -234,12 +244,12 @@ def batch_norm_bwd_apply(
 
 def batch_norm_bwd_on_chip(
     dy: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, view: Rows, config: Tiling, act: str | None,
-    out: Gradients,
+    out: Gradients, ds: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fill ``out`` in one launch: reads dy, x and the mask once, writes dx and dresidual."""
+    """Fill ``out`` in one launch: reads dy, x, the mask and ds once, writes dx and dresidual."""
     with on_device(x.device):
         _batch_norm_bwd_on_chip_kernel[config.grid](
-            dy, x, mask, stats, out.weight, out.bias, out.residual, out.x,
+            dy, ds, x, mask, stats, out.weight, out.bias, out.residual, out.x,
             view.M, view.C, view.S,
             RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
@@ -247,20 +257,22 @@ def batch_norm_bwd_on_chip(
 
 
 def batch_norm_act_backward(
-    dy: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, act: str | None, frozen: bool, out: Gradients
-) -> None:
-    """Fill the tensors of ``out``; dy, x and all of ``out`` have x's strides.
+    dy: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, act: str | None, frozen: bool, out: Gradients,
+    ds: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill the tensors of ``out``; dy, x, ds and all of ``out`` have x's strides. ``out.x`` includes ds.
 
     One launch with frozen statistics or where a channel tile fits on-chip, else two. ``out.residual`` is for
     the masked gradient only: without an activation it is dy itself, and there is nothing to write.
     """
     view = rows(x)
+    ds = None if out.x is None else ds
     if frozen:
-        batch_norm_bwd_reduce(dy, x, mask, stats, view, act, out, None)
+        batch_norm_bwd_reduce(dy, x, mask, stats, view, act, out, None, ds)
         return
     config = tiling.on_chip(view, max(x.itemsize, dy.itemsize))
     if config is not None:
-        batch_norm_bwd_on_chip(dy, x, mask, stats, view, config, act, out)
+        batch_norm_bwd_on_chip(dy, x, mask, stats, view, config, act, out, ds)
         return
     means = None if out.x is None else torch.empty((2, view.C), dtype=torch.float32, device=x.device)
     batch_norm_bwd_reduce(dy, x, mask, stats, view, act, out._replace(x=None), means)
@@ -268,6 +280,6 @@ def batch_norm_act_backward(
         return
     if out.residual is not None and out.residual.dtype == dy.dtype:
         # g has been written for the residual: no mask to read again
-        batch_norm_bwd_apply(out.residual, x, None, stats, means, view, None, out.x)
+        batch_norm_bwd_apply(out.residual, x, None, stats, means, view, None, out.x, ds)
     else:
-        batch_norm_bwd_apply(dy, x, mask, stats, means, view, act, out.x)
+        batch_norm_bwd_apply(dy, x, mask, stats, means, view, act, out.x, ds)

@@ -1,4 +1,4 @@
-"""Forward kernels of act(batch_norm(x) + residual), and their launchers.
+"""Forward kernels of act(batch_norm(x) + residual) and of act(batch_norm(x + residual)), and their launchers.
 
 Statistics travel as one float32 tensor ``stats`` [4, C] of rows mean, rstd, scale = rstd·γ and shift = β. It is
 all that the apply kernels and the backward need of the parameters.
@@ -19,6 +19,7 @@ from fusedres.kernels._common import (
     _aligned_extents,
     _arrive,
     _chan_merge,
+    _load_sum,
     _mask_offsets,
     _moments,
     _normalise,
@@ -102,18 +103,16 @@ def _merge_partials(
     return _moments(count, mean, m2)
 
 
-@triton.jit(do_not_specialize=["M", "C", "S", "programs"])
+@triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_fwd_stats_kernel(
-    x_ptr, counters_ptr, partials_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
-    num_batches_ptr,
-    M, C, S, programs, momentum,
+    x_ptr, residual_ptr, s_ptr, counters_ptr, partials_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr,
+    running_var_ptr, num_batches_ptr,
+    M, C, S, momentum,
     EPS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
-    channel_tiles = tl.cdiv(C, BLOCK_C)
-    pid_c = tl.program_id(0) % channel_tiles
-    pid_m = tl.program_id(0) // channel_tiles
+    pid_c, pid_m, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
 
@@ -124,7 +123,9 @@ def _batch_norm_fwd_stats_kernel(
     for row0 in range(pid_m.to(tl.int64) * BLOCK_M, M, programs * BLOCK_M):
         mask_m = (row0 + tl.arange(0, BLOCK_M) < M)[:, None]
         base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
-        x = tl.load(x_ptr + base + offsets, mask=mask_m & mask_c[None, :], other=0.0).to(tl.float32)
+        x = _load_sum(
+            x_ptr, residual_ptr, s_ptr, base, offsets, mask_m & mask_c[None, :], residual_ptr is not None
+        )  # fmt: skip
         count, mean, m2 = _chan_merge(count, mean, m2, mask_m.to(tl.float32), x, 0.0)
     mean_c, var_c = _moments(count, mean, m2)
 
@@ -134,35 +135,35 @@ def _batch_norm_fwd_stats_kernel(
         mean_c, var_c = _merge_partials(partials_ptr, offs_c, mask_c, M, C, programs, BLOCK_M, BLOCK_C, BLOCK_P)
         _affine(mean_c, var_c, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
         _update_running(
-            mean_c, var_c, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counters_ptr, channel_tiles, momentum,
-            offs_c, mask_c,
+            mean_c, var_c, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counters_ptr, tl.num_programs(0),
+            momentum, offs_c, mask_c,
         )  # fmt: skip
         tl.store(counters_ptr + 1 + pid_c, 0)
 
 
 @triton.jit
 def _finish_tile(
-    x_centred, scale, shift, residual_ptr, y_ptr, mask_ptr, base, offsets, mask, row0, offs_c, M, C,
-    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_centred, scale, shift, residual_ptr, y_ptr, saved_ptr, base, offsets, mask, row0, offs_c, M, C,
+    ADD: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Affine map, residual, ReLU and stores of one tile."""
+    """Affine map, residual unless ADD, ReLU and stores of one tile."""
     z = _normalise(x_centred, scale, shift)
-    if residual_ptr is not None:
+    if residual_ptr is not None and not ADD:
         z += tl.load(residual_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         keep = _positive(z, y_ptr.dtype.element_ty)
         z = tl.where(keep, z, 0.0)
-        if mask_ptr is not None:
+        if saved_ptr is not None and not ADD:
             offs_b, valid_b = _mask_offsets(row0, offs_c, M, C, BLOCK_M, CHANNELS_LAST)
-            tl.store(mask_ptr + offs_b, _pack_bits(keep, BLOCK_M, BLOCK_C), mask=valid_b)
+            tl.store(saved_ptr + offs_b, _pack_bits(keep, BLOCK_M, BLOCK_C), mask=valid_b)
     tl.store(y_ptr + base + offsets, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_fwd_apply_kernel(
-    x_ptr, residual_ptr, stats_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, y_ptr, mask_ptr,
+    x_ptr, residual_ptr, stats_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, y_ptr, saved_ptr,
     M, C, S,
-    EPS: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    EPS: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
@@ -185,19 +186,19 @@ def _batch_norm_fwd_apply_kernel(
     for row0 in range(first, tl.minimum(first + TILES * BLOCK_M, M), BLOCK_M):
         mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
         base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
-        x_centred = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        x = _load_sum(x_ptr, residual_ptr, saved_ptr, base, offsets, mask, ADD)
         _finish_tile(
-            x_centred, scale, shift, residual_ptr, y_ptr, mask_ptr, base, offsets, mask, row0, offs_c, M, C,
-            RELU, CHANNELS_LAST, BLOCK_M, BLOCK_C,
+            x - mean[None, :], scale, shift, residual_ptr, y_ptr, saved_ptr, base, offsets, mask, row0, offs_c, M, C,
+            ADD, RELU, CHANNELS_LAST, BLOCK_M, BLOCK_C,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_fwd_on_chip_kernel(
     x_ptr, residual_ptr, counters_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
-    num_batches_ptr, y_ptr, mask_ptr,
+    num_batches_ptr, y_ptr, saved_ptr,
     M, C, S, momentum,
-    EPS: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    EPS: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
@@ -207,7 +208,7 @@ def _batch_norm_fwd_on_chip_kernel(
     mask_m = (tl.arange(0, BLOCK_M) < M)[:, None]
     mask = mask_m & mask_c[None, :]
     base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
-    x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = _load_sum(x_ptr, residual_ptr, saved_ptr, base, offsets, mask, ADD)
     mean, var = _moments(mask_m.to(tl.float32), x, 0.0)
     scale, shift = _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
     _update_running(
@@ -215,8 +216,8 @@ def _batch_norm_fwd_on_chip_kernel(
         tl.num_programs(0), momentum, offs_c, mask_c,
     )  # fmt: skip
     _finish_tile(
-        x - mean[None, :], scale, shift, residual_ptr, y_ptr, mask_ptr, base, offsets, mask, row0, offs_c, M, C,
-        RELU, CHANNELS_LAST, BLOCK_M, BLOCK_C,
+        x - mean[None, :], scale, shift, residual_ptr, y_ptr, saved_ptr, base, offsets, mask, row0, offs_c, M, C,
+        ADD, RELU, CHANNELS_LAST, BLOCK_M, BLOCK_C,
     )  # fmt: skip
 
 
@@ -230,15 +231,21 @@ def batch_norm_fwd_stats(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
+    residual: Tensor | None = None,
+    s: Tensor | None = None,
 ) -> Tensor:
-    """``stats`` [4, C] of a dense x; updates the running statistics. Reads x; one launch."""
-    config = tiling.reduction(view, x.itemsize, num_sms(x.device))
+    """``stats`` [4, C] of a dense x; updates the running statistics. Reads x; one launch.
+
+    With ``residual`` the statistics are those of x + residual, rounded to the dtype of ``s``: reads both, fills ``s``.
+    """
+    config = tiling.reduction(view, (x if s is None else s).itemsize, num_sms(x.device))
     stats = torch.empty((4, view.C), dtype=torch.float32, device=x.device)
     partials = torch.empty((2, config.programs, view.C), dtype=torch.float32, device=x.device)
     with on_device(x.device):
-        _batch_norm_fwd_stats_kernel[config.grid](
-            x, counters(x.device), partials, stats, weight, bias, running_mean, running_var, num_batches_tracked,
-            view.M, view.C, view.S, config.programs, momentum,
+        _batch_norm_fwd_stats_kernel[config.channel_tiles, config.programs](
+            x, residual, s, counters(x.device), partials, stats, weight, bias, running_mean, running_var,
+            num_batches_tracked,
+            view.M, view.C, view.S, momentum,
             EPS=eps, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,
         )  # fmt: skip
@@ -256,19 +263,21 @@ def batch_norm_fwd_apply(
     eps: float,
     act: str | None,
     save_mask: bool,
+    s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, mask) from ``stats``, or from the running statistics, which then fill ``stats`` where it is given.
 
-    Reads x and the residual, writes y and, if ``save_mask``, one bit an element; one launch.
+    Reads x and the residual, writes y and, if ``save_mask``, one bit an element; one launch. With ``s`` the residual
+    is added before the normalisation, and the sum fills ``s``.
     """
-    config = tiling.elementwise(view, x.itemsize)
+    config = tiling.elementwise(view, (x if s is None else s).itemsize)
     y, mask = _outputs(x, residual, view, save_mask)
     running_mean, running_var = running or (None, None)
     with on_device(x.device):
         _batch_norm_fwd_apply_kernel[config.grid](
-            x, residual, stats, running_mean, running_var, weight, bias, y, mask if save_mask else None,
+            x, residual, stats, running_mean, running_var, weight, bias, y, mask if save_mask else s,
             view.M, view.C, view.S,
-            EPS=eps, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            EPS=eps, ADD=s is not None, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             TILES=config.tiles, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
     return y, mask
@@ -288,16 +297,20 @@ def batch_norm_fwd_on_chip(
     eps: float,
     act: str | None,
     save_mask: bool,
+    s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, stats, mask) in one launch: reads x and the residual once, writes y and the mask."""
+    """(y, stats, mask) in one launch: reads x and the residual once, writes y and the mask.
+
+    With ``s`` the residual is added before the normalisation, and the sum fills ``s``.
+    """
     y, mask = _outputs(x, residual, view, save_mask)
     stats = torch.empty((4, view.C), dtype=torch.float32, device=x.device)
     with on_device(x.device):
         _batch_norm_fwd_on_chip_kernel[config.grid](
             x, residual, None if num_batches_tracked is None else counters(x.device), stats, weight, bias,
-            running_mean, running_var, num_batches_tracked, y, mask if save_mask else None,
+            running_mean, running_var, num_batches_tracked, y, mask if save_mask else s,
             view.M, view.C, view.S, momentum,
-            EPS=eps, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            EPS=eps, ADD=s is not None, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
     return y, stats, mask

@@ -51,6 +51,11 @@ def dense_like(x: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
+def contiguous(vector: Tensor | None) -> Tensor | None:
+    """A vector of parameters or statistics as the kernels read it, at unit stride."""
+    return None if vector is None else vector.contiguous()
+
+
 def rows(x: Tensor) -> Rows:
     """The row view of ``x``, which must be dense."""
     N, C = x.shape[0], x.shape[1]

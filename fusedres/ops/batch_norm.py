@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.kernels.layout import dense, dense_like
-from fusedres.ops.registration import register
+from fusedres.kernels.layout import contiguous, dense, dense_like
+from fusedres.ops.batch_norm_shared import finish_update, gradients
+from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
 
 
 def _batch_norm_act(
@@ -30,12 +31,12 @@ def _batch_norm_act(
     from fusedres.kernels.batch_norm_forward import batch_norm_act_forward
 
     x = dense(input)
-    mean, var = _contiguous(running_mean), _contiguous(running_var)
+    mean, var = contiguous(running_mean), contiguous(running_var)
     outputs = batch_norm_act_forward(
         x,
         None if residual is None else dense_like(residual, x),
-        _contiguous(weight),
-        _contiguous(bias),
+        contiguous(weight),
+        contiguous(bias),
         mean,
         var,
         num_batches_tracked,
@@ -44,11 +45,7 @@ def _batch_norm_act(
         act,
         save_for_backward and _masked(residual, act),
     )
-    for buffer, updated in ((running_mean, mean), (running_var, var)):
-        if buffer is not None and updated is not None and updated is not buffer:
-            buffer.copy_(updated)
-    mutated = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None and not t.is_inference()]
-    torch.autograd.graph.increment_version(mutated)
+    finish_update(running_mean, running_var, num_batches_tracked, mean, var)
     return outputs
 
 
@@ -69,8 +66,8 @@ def _batch_norm_act_inference(
     return batch_norm_act_inference_forward(
         x,
         None if residual is None else dense_like(residual, x),
-        _contiguous(weight),
-        _contiguous(bias),
+        contiguous(weight),
+        contiguous(bias),
         running_mean.contiguous(),
         running_var.contiguous(),
         eps,
@@ -95,7 +92,7 @@ def _batch_norm_act_backward(
     from fusedres.kernels.batch_norm_backward import Gradients, batch_norm_act_backward
 
     x = dense(input)
-    outputs = _gradients(x, needs_input, residual_dtype, weight_dtype, bias_dtype)
+    outputs = gradients(x, x.dtype if needs_input else None, residual_dtype, weight_dtype, bias_dtype)
     wanted = Gradients(*(out if out.numel() else None for out in outputs))
     batch_norm_act_backward(
         dense_like(grad, x), x, mask if mask.numel() else None, stats, act, frozen, wanted
@@ -103,47 +100,16 @@ def _batch_norm_act_backward(
     return outputs
 
 
-def _contiguous(vector: Tensor | None) -> Tensor | None:
-    """The kernels read vectors of C at unit stride."""
-    return None if vector is None else vector.contiguous()
-
-
 def _masked(residual: Tensor | None, act: str | None) -> bool:
     """Whether the backward needs the bit mask; without a residual it finds the sign again from the input."""
     return residual is not None and act is not None
-
-
-def _gradients(
-    x: Tensor,
-    needs_input: bool,
-    residual_dtype: torch.dtype | None,
-    weight_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised gradients; those not asked for are empty."""
-
-    def activation(dtype: torch.dtype | None) -> Tensor:
-        return x.new_empty(0) if dtype is None else torch.empty_like(x, dtype=dtype)
-
-    def parameter(dtype: torch.dtype | None) -> Tensor:
-        return x.new_empty(0 if dtype is None else x.shape[1], dtype=dtype)
-
-    return (
-        activation(x.dtype if needs_input else None),
-        activation(residual_dtype),
-        parameter(weight_dtype),
-        parameter(bias_dtype),
-    )
 
 
 def _fake_forward(
     input: Tensor, residual: Tensor | None, act: str | None, save_stats: bool, save_for_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = dense(input)
-    if x.device.type == "cuda" and torch.cuda.is_available():
-        from fusedres.kernels.workspace import reserve
-
-        reserve(x.device)
+    reserve_counters(x.device)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     channels = x.shape[1]
     masked = save_for_backward and _masked(residual, act)
@@ -165,9 +131,16 @@ def _fake_batch_norm_act_inference(input: Tensor, residual: Tensor | None, *args
 
 
 def _fake_batch_norm_act_backward(
-    grad: Tensor, input: Tensor, stats: Tensor, mask: Tensor, act: str | None, frozen: bool, *wanted: Any
+    grad: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    mask: Tensor,
+    act: str | None,
+    frozen: bool,
+    needs_input: bool,
+    *dtypes: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(dense(input), *wanted)
+    return gradients(dense(input), input.dtype if needs_input else None, *dtypes)
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -197,10 +170,7 @@ class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        if torch.is_grad_enabled():  # create_graph=True
-            raise NotImplementedError(
-                "the kernels have no double backward; FUSEDRES_BACKEND=reference takes PyTorch's own operators"
-            )
+        refuse_double_backward()
         skipped = (None,) * (len(ctx.needs_input_grad) - 5)
         if grad is None:
             return None, None, None, None, None, *skipped

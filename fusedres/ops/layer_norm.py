@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels import tiling
+from fusedres.kernels.layout import contiguous
 from fusedres.kernels.workspace import num_sms
 from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
 
@@ -33,7 +34,7 @@ def _layer_norm_linear_act(
     from fusedres.kernels.layer_norm_linear import layer_norm_linear_fwd
 
     x, weight = _rows(input), weight.contiguous()
-    ln_weight, ln_bias, bias = _contiguous(ln_weight), _contiguous(ln_bias), _contiguous(bias)
+    ln_weight, ln_bias, bias = contiguous(ln_weight), contiguous(ln_bias), contiguous(bias)
     (M, K), N = x.shape, weight.shape[0]
     out = weight.new_empty((*input.shape[:-1], N))
     stats = x.new_empty((2, M) if save_for_backward else 0, dtype=torch.float32)
@@ -71,7 +72,7 @@ def _layer_norm_linear_act_backward(
     normalised = None if d_weight is None else torch.empty_like(x, dtype=weight.dtype)
     if d_normalised is not None or normalised is not None:
         layer_norm_bwd(
-            d_normalised, x, stats, _contiguous(ln_weight), _contiguous(ln_bias), None,
+            d_normalised, x, stats, contiguous(ln_weight), contiguous(ln_bias), None,
             None if dx is None else _rows(dx), normalised, ColumnSums(d_ln_weight, d_ln_bias, None),
         )  # fmt: skip
     if normalised is not None and d_weight is not None:
@@ -96,7 +97,7 @@ def _linear_layer_norm_act(
     from fusedres.kernels.layer_norm_linear import linear_layer_norm_fwd
 
     x, weight, residual = _rows(input), weight.contiguous(), None if residual is None else _rows(residual)
-    bias, ln_weight, ln_bias = _contiguous(bias), _contiguous(ln_weight), _contiguous(ln_bias)
+    bias, ln_weight, ln_bias = contiguous(bias), contiguous(ln_weight), contiguous(ln_bias)
     (M, K), N = x.shape, weight.shape[0]
     dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
     out = x.new_empty((*input.shape[:-1], N), dtype=dtype)
@@ -137,7 +138,7 @@ def _linear_layer_norm_act_backward(
     dz = None if dx is None and d_weight is None and d_bias is None else torch.empty_like(product)
     summed = product.shape[1] <= tiling.MAX_SUMMED
     layer_norm_bwd(
-        dy, product, stats, _contiguous(ln_weight), _contiguous(ln_bias), act, dz, None,
+        dy, product, stats, contiguous(ln_weight), contiguous(ln_bias), act, dz, None,
         ColumnSums(d_ln_weight, d_ln_bias, d_bias if summed else None),
     )  # fmt: skip
     if dz is not None:
@@ -165,11 +166,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, out
 def _rows(tensor: Tensor) -> Tensor:
     """[M, features], dense; a view where it can be one."""
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
-
-
-def _contiguous(vector: Tensor | None) -> Tensor | None:
-    """The kernels read vectors at unit stride."""
-    return None if vector is None else vector.contiguous()
 
 
 def _gradients(

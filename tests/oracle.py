@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def assert_network_as_good_as_eager(
 
 @dataclass
 class BatchNormInputs:
-    """The tensors of one batch_norm_act call, and its cotangent."""
+    """The tensors of one batch_norm_act or add_batch_norm_act call, and the cotangents of its outputs."""
 
     input: Tensor
     residual: Tensor | None
@@ -89,6 +89,7 @@ class BatchNormInputs:
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
     grad: Tensor
+    grad_sum: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> BatchNormInputs:
         return BatchNormInputs(*(None if t is None else function(t) for t in vars(self).values()))  # type: ignore[arg-type]
@@ -111,6 +112,7 @@ def batch_norm_inputs(
     channels = shape[1]
     x = (torch.randn(shape) * std + mean).to(dtype)
     r = torch.randn(shape).to(residual_dtype or dtype) if residual else None
+    out_dtype = dtype if r is None else torch.promote_types(dtype, r.dtype)
     return BatchNormInputs(
         x,
         r,
@@ -119,14 +121,19 @@ def batch_norm_inputs(
         (torch.randn(channels) * 0.2 * std + mean).to(parameter_dtype) if tracking else None,
         ((torch.rand(channels) + 0.5) * std**2).to(parameter_dtype) if tracking else None,
         torch.tensor(3) if tracking else None,
-        torch.randn(shape).to(dtype if r is None else torch.promote_types(dtype, r.dtype)),
+        torch.randn(shape).to(out_dtype),
+        torch.randn(shape).to(out_dtype) if residual else None,
     )
 
 
 def run_batch_norm(
-    function: Callable[..., Tensor], inputs: BatchNormInputs, training: bool, act: str | None, **options: object
+    function: Callable[..., Tensor | tuple[Tensor, Tensor]],
+    inputs: BatchNormInputs,
+    training: bool,
+    act: str | None,
+    **options: object,
 ) -> Tensors:
-    """Output, gradients and buffers by name, of copies of the inputs."""
+    """Outputs (``sum`` where there are two), gradients and buffers by name, of copies of the inputs."""
 
     def leaf(t: Tensor) -> Tensor:
         return t.detach().clone().requires_grad_(t.is_floating_point())
@@ -134,12 +141,17 @@ def run_batch_norm(
     given = inputs.map(leaf)
     buffers = [None if t is None else t.detach() for t in (given.running_mean, given.running_var)]
     count = given.num_batches_tracked
-    out = function(
-        given.input, *buffers, given.weight, given.bias, training, residual=given.residual, act=act,
-        num_batches_tracked=count, **options,
+    results = function(
+        input=given.input, residual=given.residual, running_mean=buffers[0], running_var=buffers[1],
+        weight=given.weight, bias=given.bias, training=training, act=act, num_batches_tracked=count, **options,
     )  # fmt: skip
-    out.backward(inputs.grad.to(out.dtype))
+    total, out = (None, results) if isinstance(results, Tensor) else results
+    pairs = [(out, inputs.grad.to(out.dtype))]
+    if total is not None and inputs.grad_sum is not None:
+        pairs.append((total, inputs.grad_sum.to(total.dtype)))
+    torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
     named = {
+        "sum": None if total is None else total.detach(),
         "out": out.detach(),
         "grad_input": given.input.grad,
         "grad_residual": None if given.residual is None else given.residual.grad,
@@ -156,9 +168,15 @@ def to_double(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
-def silence_boundary(inputs: BatchNormInputs, training: bool, eps: float = 1e-5) -> None:
-    """Zero the cotangent where rounding decides the side of the ReLU, so that the side does not matter."""
+def silence_boundary(inputs: BatchNormInputs, training: bool, *, added: bool = False, eps: float = 1e-5) -> None:
+    """Zero the cotangent where rounding decides the side of the ReLU, so that the side does not matter.
+
+    ``added``: the residual comes in before the normalisation.
+    """
     x = inputs.map(to_double)
+    if added:
+        assert x.residual is not None
+        x = replace(x, input=x.input + x.residual, residual=None)
     dims = [d for d in range(x.input.dim()) if d != 1]
     shape = [1, -1] + [1] * (x.input.dim() - 2)
     if training or x.running_mean is None or x.running_var is None:
@@ -176,31 +194,29 @@ def silence_boundary(inputs: BatchNormInputs, training: bool, eps: float = 1e-5)
 
 
 def check_batch_norm(
-    function: Callable[..., Tensor],
+    function: Callable[..., Tensor | tuple[Tensor, Tensor]],
     inputs: BatchNormInputs,
     device: torch.device,
     *,
     channels_last: bool,
     training: bool,
     act: str | None,
+    eager: Callable[..., Tensor | tuple[Tensor, Tensor]] = reference.batch_norm_act,
     **options: object,
 ) -> Tensors:
     """The oracle rule for one call; returns what ``function`` gave. Layouts of outputs follow the input's."""
     if act is not None:
-        silence_boundary(inputs, training)
+        silence_boundary(inputs, training, added=eager is reference.add_batch_norm_act)
 
     def layout(last: bool) -> Callable[[Tensor], Tensor]:
         form = torch.channels_last if last else torch.contiguous_format
         return lambda t: (t.contiguous(memory_format=form) if t.dim() == 4 else t).to(device)
 
     actual = run_batch_norm(function, inputs.map(layout(channels_last)), training, act, **options)
-    eagers = [
-        run_batch_norm(reference.batch_norm_act, inputs.map(layout(last)), training, act, **options)
-        for last in (True, False)
-    ]
-    exact = run_batch_norm(reference.batch_norm_act, inputs.map(to_double), training, act, **options)
+    eagers = [run_batch_norm(eager, inputs.map(layout(last)), training, act, **options) for last in (True, False)]
+    exact = run_batch_norm(eager, inputs.map(to_double), training, act, **options)
     assert_as_good_as_eager(actual, eagers, exact)
-    for name in ("out", "grad_input", "grad_residual"):
+    for name in ("sum", "out", "grad_input", "grad_residual"):
         if name in actual:
             assert actual[name].stride() == eagers[0 if channels_last else 1][name].stride(), name
     return actual

@@ -202,8 +202,7 @@ def batch_norm_launches(
     from fusedres.kernels.batch_norm_backward import Gradients, batch_norm_act_backward
     from fusedres.kernels.batch_norm_forward import batch_norm_act_forward, batch_norm_act_inference_forward
 
-    x = torch.empty(shape, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    x = _activation(shape, dtype, channels_last)
     other = torch.empty_like(x) if residual else None
     vector = torch.empty(shape[1])
     with recorded_launches() as launches:
@@ -219,6 +218,52 @@ def batch_norm_launches(
         wanted = Gradients(torch.empty_like(x), other, vector, vector)
         batch_norm_act_backward(out, x, mask if residual else None, stats, act, not training, wanted)
     return launches
+
+
+def add_batch_norm_launches(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    channels_last: bool,
+    training: bool,
+    residual_dtype: torch.dtype | None = None,
+    act: str | None = "relu",
+) -> list[Launch]:
+    """The launches of one join of pre-activation blocks, forward and backward."""
+    from fusedres.kernels.add_batch_norm import add_batch_norm_act_forward, add_batch_norm_act_inference_forward
+    from fusedres.kernels.batch_norm_backward import Gradients, batch_norm_act_backward
+
+    x = _activation(shape, dtype, channels_last)
+    residual = _activation(shape, residual_dtype or dtype, channels_last)
+    vector = torch.empty(shape[1])
+    with recorded_launches() as launches:
+        if training:
+            count = torch.tensor(0)
+            s, out, stats = add_batch_norm_act_forward(
+                x, residual, vector, vector, vector, vector, count, 0.1, 1e-5, act
+            )  # fmt: skip
+        else:
+            s, out, stats = add_batch_norm_act_inference_forward(
+                x, residual, vector, vector, vector, vector, 1e-5, act, True
+            )
+        wanted = Gradients(torch.empty_like(s), None, vector, vector)
+        batch_norm_act_backward(out, s, None, stats, act, not training, wanted, torch.empty_like(s))
+    return launches
+
+
+def _activation(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=form)
+
+
+# Every layer of the report; float32 with a residual in 16 bits, and the reverse, differ in the forward only.
+LAYERS = (
+    functools.partial(batch_norm_launches, residual=True),
+    functools.partial(batch_norm_launches, residual=False),
+    add_batch_norm_launches,
+    functools.partial(add_batch_norm_launches, residual_dtype=torch.float32),
+    functools.partial(add_batch_norm_launches, residual_dtype=torch.bfloat16),
+)
 
 
 def training_step_launches(model: nn.Module, images: tuple[int, ...], dtype: torch.dtype) -> list[Launch]:
@@ -241,10 +286,8 @@ def training_step_launches(model: nn.Module, images: tuple[int, ...], dtype: tor
 def report(arch: str, dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]:
     """One row for every distinct launch of ``WORKLOADS`` on ``arch``."""
     seen = set()
-    for (shape, channels_last), dtype, residual, training in product(WORKLOADS, dtypes, (True, False), (True, False)):
-        for launch in batch_norm_launches(
-            shape, dtype, channels_last=channels_last, residual=residual, training=training
-        ):
+    for (shape, channels_last), dtype, layer, training in product(WORKLOADS, dtypes, LAYERS, (True, False)):
+        for launch in layer(shape, dtype, channels_last=channels_last, training=training):
             if launch in seen:
                 continue
             seen.add(launch)
@@ -257,7 +300,7 @@ def report(arch: str, dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]
                 "align": constants["ALIGN"],
                 "threads": launch.num_warps * TARGETS[arch].warp_size,
                 "tile": constants["BLOCK_M"] * constants["BLOCK_C"],
-                "tensors": [name for name, kind in launch.signature if kind != "constexpr"],
+                "tensors": {name: kind for name, kind in launch.signature if kind.startswith("*")},
                 **asdict(compile_launch(launch, arch)),
             }
 

@@ -1,4 +1,4 @@
-"""Traffic of ``batch_norm_act`` against the byte budget, counted in Triton's interpreter.
+"""Traffic of the fused functions against their byte budgets, counted in Triton's interpreter.
 
 The suite runs itself in a subprocess, because triton decides at import whether it interprets.
 """
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +25,35 @@ from benchmarks.results import Row
 from benchmarks.traffic import TrafficMeter
 
 DTYPE = torch.bfloat16
-SHAPES = ((8, 64, 56, 56), (4, 256, 14, 14), (4, 67, 14, 14))
+ON_CHIP = (2, 256, 14, 14)
+SHAPES = ((8, 64, 56, 56), (4, 256, 14, 14), (4, 67, 14, 14), ON_CHIP)
 LAYOUTS = ("channels-last", "NCHW")
-# Passes over one activation, without and with a residual; one bit an element is 1/16 pass in 16 bits.
+BIT = 1 / 16  # passes, in 16 bits, of a mask of one bit an element
+# Passes over one activation: where the statistics take a launch of their own, and where a channel tile fits on-chip.
 BUDGET = {
-    ("forward", False): 3.0, ("forward", True): 4 + 1 / 16,
-    ("backward", False): 5.0, ("backward", True): 6 + 1 / 16,
-    ("eval", False): 2.0, ("eval", True): 3.0,
-}  # fmt: skip
-Case = tuple[tuple[int, ...], str, bool]
-# In this order two workers that take every other case have about the same work.
-CASES: list[Case] = [
-    (shape, LAYOUTS[column if residual else 1 - column], residual)
-    for shape in SHAPES
-    for residual in (True, False)
-    for column in range(len(LAYOUTS))
-]
+    "batch_norm_act": {"forward": (3.0, 2.0), "backward": (5.0, 3.0), "eval": (2.0, 2.0)},
+    "batch_norm_act + residual": {"forward": (4 + BIT, 3 + BIT), "backward": (6 + BIT, 4 + BIT), "eval": (3.0, 3.0)},
+    "add_batch_norm_act": {"forward": (5.0, 4.0), "backward": (6.0, 4.0), "eval": (4.0, 4.0)},
+}
+
+
+class Case(NamedTuple):
+    """A key of ``BUDGET``, and what it is called with."""
+
+    workload: str
+    shape: tuple[int, ...]
+    layout: str
+
+    @property
+    def on_chip(self) -> bool:
+        return self.shape == ON_CHIP
+
+    def budget(self, phase: str) -> float:
+        return BUDGET[self.workload][phase][self.on_chip]
+
+
+# Workers take every other case: neighbours differ in layout, which costs little, and not in shape or workload.
+CASES = [Case(workload, shape, layout) for shape in SHAPES for workload in BUDGET for layout in LAYOUTS]
 PHASES = ("forward", "backward", "eval")
 
 
@@ -84,57 +97,62 @@ def _work(cases: list[Case], rows: queue.Queue[Row | BenchmarkError | None]) -> 
     rows.put(None)
 
 
-def measure(shape: tuple[int, ...], layout: str, residual: bool) -> Iterator[tuple[str, TrafficMeter, bool]]:
+def measure(case: Case) -> Iterator[tuple[str, TrafficMeter, bool]]:
     """Yields the phase, its traffic and whether its results were right."""
-    tensors = _inputs(shape, layout, residual)
-    x, r, cotangent = tensors["x"], tensors["residual"], tensors["cotangent"]
-    meters = {phase: TrafficMeter(x) for phase in PHASES}
+    tensors = _inputs(case)
+    leaves, cotangents = _leaves(tensors), tensors["cotangents"]
+    meters = {phase: TrafficMeter(tensors["x"]) for phase in PHASES}
     with meters["forward"]:
-        y = _batch_norm_act(tensors, training=True)
+        outputs = _fused(case, tensors, training=True)
     with meters["backward"]:
-        y.backward(cotangent)
+        gradients = torch.autograd.grad(outputs, leaves, cotangents)
     with torch.no_grad(), meters["eval"]:
-        y_eval = _batch_norm_act(tensors, training=False)
-    results = {"forward": [y], "eval": [y_eval], "backward": [_grad(t) for t in (x, r) if t is not None]}
-    results["backward"] += [_grad(tensors["weight"]), _grad(tensors["bias"])]
-    right = _check(tensors, results)
+        evaluated = _fused(case, tensors, training=False)
+    results = {"forward": list(outputs), "backward": list(gradients), "eval": list(evaluated)}
+    right = _check(case, tensors, results)
     for phase, meter in meters.items():
         yield phase, meter, right[phase]
 
 
-def _inputs(shape: tuple[int, ...], layout: str, residual: bool) -> dict[str, Any]:
+def _inputs(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
-    memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
+    memory_format = torch.channels_last if case.layout == "channels-last" else torch.contiguous_format
 
     def activation() -> Tensor:
-        return torch.randn(shape).to(DTYPE).to(memory_format=memory_format)
+        return torch.randn(case.shape).to(DTYPE).to(memory_format=memory_format)
 
-    channels = shape[1]
+    channels = case.shape[1]
     return {
         "x": activation().requires_grad_(),
-        "residual": activation().requires_grad_() if residual else None,
-        "cotangent": activation(),
+        "residual": None if case.workload == "batch_norm_act" else activation().requires_grad_(),
         "weight": (torch.rand(channels) + 0.5).requires_grad_(),
         "bias": torch.randn(channels).requires_grad_(),
         "running_mean": torch.zeros(channels),
         "running_var": torch.ones(channels),
+        "cotangents": [activation() for _ in range(2 if case.workload == "add_batch_norm_act" else 1)],
     }
 
 
-def _batch_norm_act(tensors: dict[str, Any], *, training: bool) -> Tensor:
-    from fusedres.functional import batch_norm_act
+def _leaves(tensors: dict[str, Any]) -> list[Tensor]:
+    return [tensors[name] for name in ("x", "residual", "weight", "bias") if tensors[name] is not None]
 
-    return batch_norm_act(
-        tensors["x"], tensors["running_mean"].clone(), tensors["running_var"].clone(), tensors["weight"],
-        tensors["bias"], training, residual=tensors["residual"], act="relu",
+
+def _fused(case: Case, tensors: dict[str, Any], *, training: bool) -> tuple[Tensor, ...]:
+    from fusedres import functional
+
+    function = getattr(functional, case.workload.split()[0])
+    outputs = function(
+        tensors["x"], residual=tensors["residual"], weight=tensors["weight"], bias=tensors["bias"],
+        running_mean=tensors["running_mean"].clone(), running_var=tensors["running_var"].clone(),
+        training=training, act="relu",
     )  # fmt: skip
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
-def _check(tensors: dict[str, Any], results: dict[str, list[Tensor]]) -> dict[str, bool]:
+def _check(case: Case, tensors: dict[str, Any], results: dict[str, list[Tensor]]) -> dict[str, bool]:
     """Each phase against float64, allowing twice eager's own error; sign ties are left out of gradients."""
-    exact, eager = _eager(tensors, torch.float64), _eager(tensors, DTYPE)
+    exact, eager = _eager(case, tensors, torch.float64), _eager(case, tensors, DTYPE)
     decided = ~exact.pop("ties")[0]
-    eager.pop("ties")
     right = {}
     for phase, expected in exact.items():
         right[phase] = True
@@ -148,25 +166,25 @@ def _check(tensors: dict[str, Any], results: dict[str, list[Tensor]]) -> dict[st
     return right
 
 
-def _eager(tensors: dict[str, Any], dtype: torch.dtype) -> dict[str, list[Tensor]]:
+def _eager(case: Case, tensors: dict[str, Any], dtype: torch.dtype) -> dict[str, list[Tensor]]:
     """The same computation in plain PyTorch; ``ties`` marks elements too near to zero to decide their sign."""
     vectors = torch.float64 if dtype == torch.float64 else torch.float32
-    activations = {k: _copy(tensors[k], dtype) for k in ("x", "residual")}
-    weight, bias, mean, var = (_copy(tensors[k], vectors) for k in ("weight", "bias", "running_mean", "running_var"))
-    x, residual = activations["x"], activations["residual"]
+    copies = {name: _copy(tensors[name], dtype) for name in ("x", "residual")}
+    copies |= {name: _copy(tensors[name], vectors) for name in ("weight", "bias", "running_mean", "running_var")}
+    x, residual, weight, bias, mean, var = copies.values()
     assert x is not None
+    total, added = x, residual
+    if case.workload == "add_batch_norm_act":
+        assert residual is not None
+        total, added = x + residual, None
     outputs = {}
     for phase in ("forward", "eval"):
-        z = F.batch_norm(x, _detached(mean), _detached(var), weight, bias, phase == "forward")
-        outputs[phase] = torch.relu(z if residual is None else z + residual)
-    leaves = [t for t in (x, residual, weight, bias) if t is not None]
-    gradients = torch.autograd.grad(outputs["forward"], leaves, tensors["cotangent"].to(dtype))
-    return {
-        "forward": [outputs["forward"]],
-        "eval": [outputs["eval"]],
-        "backward": list(gradients),
-        "ties": [_ties(x, residual, weight, bias)],
-    }
+        z = F.batch_norm(total, _detached(mean), _detached(var), weight, bias, phase == "forward")
+        out = torch.relu(z if added is None else z + added)
+        outputs[phase] = [out] if total is x else [total, out]
+    cotangents = [cotangent.to(dtype) for cotangent in tensors["cotangents"]]
+    gradients = torch.autograd.grad(outputs["forward"], _leaves(copies), cotangents)
+    return {**outputs, "backward": list(gradients), "ties": [_ties(total, added, weight, bias)]}
 
 
 def _ties(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -190,36 +208,29 @@ def _copy(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(dtype).requires_grad_()
 
 
-def _grad(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad
-
-
-def _row(shape: tuple[int, ...], layout: str, residual: bool, phase: str, meter: TrafficMeter, right: bool) -> Row:
-    budget = BUDGET[phase, residual]
+def _row(case: Case, phase: str, meter: TrafficMeter, right: bool) -> Row:
     figures = {
         "launches": float(len(meter.launches)),
         "passes": round(meter.passes, 4),
         "distinct_passes": round(meter.distinct_passes, 4),
         "aten_passes": round(meter.aten_passes, 4),
-        "budget_passes": budget,
+        "budget_passes": case.budget(phase),
         "vector_share": round(meter.vector_bytes / (meter.passes * meter.nbytes), 5) if meter.passes else None,
         "stray_bytes": float(meter.stray_bytes),
     }
     return Row(
-        "traffic", "batch_norm_act + residual" if residual else "batch_norm_act", phase, "fusedres",
-        list(shape), str(DTYPE).removeprefix("torch."), layout, "ok" if right else "WRONG", figures,
-        note=", ".join(launch.kernel for launch in meter.launches), environment=describe(torch.device("cpu")),
+        "traffic", case.workload, phase, "fusedres", list(case.shape), str(DTYPE).removeprefix("torch."), case.layout,
+        "ok" if right else "WRONG", figures, note=", ".join(launch.kernel for launch in meter.launches),
+        environment=describe(torch.device("cpu")),
     )  # fmt: skip
 
 
 def main(cases: list[Case]) -> None:
     torch.set_num_threads(1)
-    for shape, layout, residual in cases:
-        for phase, meter, right in measure(tuple(shape), layout, residual):
-            row = _row(tuple(shape), layout, residual, phase, meter, right)
-            print(json.dumps(vars(row)), flush=True)
+    for case in cases:
+        for phase, meter, right in measure(case):
+            print(json.dumps(vars(_row(case, phase, meter, right))), flush=True)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main([Case(workload, tuple(shape), layout) for workload, shape, layout in json.loads(sys.argv[1])])

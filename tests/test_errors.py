@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedres import functional
-from fusedres.functional import batch_norm_act
+from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.nn import BasicBlock, BatchNormAct2d, as_batch_norm_act
 
 
@@ -29,6 +29,7 @@ def arguments(**changes):
         ({"act": "gelu"}, ValueError, "act must be .*'gelu'"),
         ({"act": True}, ValueError, "act must be"),
         ({"input": torch.ones(2, 3, 4, 4, dtype=torch.int32)}, TypeError, r"input .* torch\.int32"),
+        ({"input": torch.ones(2, 3, 4, 4, dtype=torch.complex64)}, TypeError, r"input .* torch\.complex64"),
         ({"input": torch.randn(3)}, ValueError, r"input .*2 dimensions.*\(3,\)"),
         ({"residual": torch.randn(2, 3, 4, 5)}, ValueError, r"residual .*\(2, 3, 4, 4\).*\(2, 3, 4, 5\)"),
         ({"residual": torch.randn(1, 3, 1, 1)}, ValueError, "residual"),
@@ -57,6 +58,44 @@ def test_batch_norm_act(monkeypatch, backend, changes, error, message):
     before = {name: t.clone() for name, t in given.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
     with pytest.raises(error, match=message):
         batch_norm_act(**given)
+    for name, tensor in before.items():
+        assert torch.equal(given[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"act": "gelu"}, ValueError, "act must be .*'gelu'"),
+        ({"input": torch.ones(2, 3, 4, 4, dtype=torch.int32)}, TypeError, r"input .* torch\.int32"),
+        ({"input": torch.ones(2, 3, 4, 4, dtype=torch.complex64)}, TypeError, r"input .* torch\.complex64"),
+        ({"residual": torch.randn(2, 3, 4, 5)}, ValueError, r"residual .*\(2, 3, 4, 4\).*\(2, 3, 4, 5\)"),
+        ({"residual": torch.randn(1, 3, 1, 1)}, ValueError, "residual"),
+        ({"residual": torch.ones(2, 3, 4, 4, dtype=torch.int64)}, TypeError, r"residual .*torch\.int64"),
+        ({"residual": torch.ones(2, 3, 4, 4, dtype=torch.complex64)}, TypeError, r"residual .*torch\.complex64"),
+        ({"residual": torch.empty(2, 3, 4, 4, device="meta")}, ValueError, "residual must be on cpu, got meta"),
+        ({"weight": torch.ones(4)}, ValueError, r"weight must have shape \(3,\), got \(4,\)"),
+        ({"weight": torch.ones(3, dtype=torch.bfloat16)}, TypeError, r"weight .*the sum's .*float32.*bfloat16"),
+        ({"running_mean": None}, ValueError, "running_mean and running_var"),
+        ({"running_mean": None, "running_var": None, "training": False}, ValueError, "training is False"),
+        (
+            {"input": torch.randn(1, 3, 1, 1), "residual": torch.randn(1, 3, 1, 1)},
+            ValueError,
+            r"more than 1 value per channel.*\(1, 3, 1, 1\)",
+        ),
+        ({"momentum": None, "num_batches_tracked": None}, ValueError, "num_batches_tracked"),
+        ({"num_batches_tracked": torch.zeros(2, dtype=torch.int64)}, ValueError, "num_batches_tracked"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_add_batch_norm_act(monkeypatch, backend, changes, error, message):
+    """A bfloat16 input with a float32 residual: what is normalised is float32, and so are its parameters."""
+    monkeypatch.setenv("FUSEDRES_BACKEND", backend)
+    sixteen = {"input": torch.randn(2, 3, 4, 4).to(torch.bfloat16), "residual": torch.randn(2, 3, 4, 4)}
+    given = arguments(**(sixteen | changes))
+    before = {name: t.clone() for name, t in given.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
+    with pytest.raises(error, match=message):
+        add_batch_norm_act(**given)
     for name, tensor in before.items():
         assert torch.equal(given[name], tensor), name
 

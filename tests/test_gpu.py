@@ -9,8 +9,10 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from fusedres.functional import batch_norm_act
+from fusedres import reference
+from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.nn import BasicBlock
+from tests.oracle import batch_norm_inputs, check_batch_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("triton_backend")]
 TWO_LAUNCHES = (16, 256, 28, 28)
@@ -51,6 +53,43 @@ def test_backward_reduction_bit_for_bit():
     assert wrong.item() == 0
 
 
+@pytest.mark.parametrize("shape", [TWO_LAUNCHES, (4, 256, 7, 7)], ids=["two launches", "one launch"])
+def test_sum_bit_for_bit(shape):
+    """Both outputs, the running statistics and all gradients of a join, launch after launch."""
+    x, residual, grad, grad_sum = (activation(shape) for _ in range(4))
+    weight = torch.rand(shape[1], device="cuda").requires_grad_()
+    leaves = [x.requires_grad_(), residual.requires_grad_(), weight]
+
+    def join() -> list[Tensor]:
+        mean, var = torch.zeros(shape[1], device="cuda"), torch.ones(shape[1], device="cuda")
+        outputs = add_batch_norm_act(x, residual, mean, var, weight, training=True, act="relu")
+        return [*outputs, mean, var, *torch.autograd.grad(outputs, leaves, [grad_sum, grad])]
+
+    first = join()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(2_000):
+        for got, want in zip(join(), first, strict=True):
+            wrong += (got != want).any()
+    assert wrong.item() == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(8, 64, 56, 56), (4, 256, 7, 7), (4, 67, 28, 28)], ids=str)
+def test_sum_oracle(shape, dtype, residual_dtype, channels_last, training):
+    """At the sizes of a network, where every thread and many programs have work."""
+    inputs = batch_norm_inputs(shape, dtype, residual=True, residual_dtype=residual_dtype)
+    check_batch_norm(
+        add_batch_norm_act, inputs, torch.device("cuda"), channels_last=channels_last, training=training, act="relu",
+        eager=reference.add_batch_norm_act,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("shape", [(3, 20, 5, 3), (5, 40, 33, 17)], ids=["one launch", "two launches"])
@@ -68,6 +107,10 @@ def test_sanitize(shape, channels_last, training):
         )
         out.backward(torch.randn_like(out))
         assert x.grad.isfinite().all() and count.item() == int(training)
+        if other is not None:
+            outputs = add_batch_norm_act(x, other, mean, var, weight, None, training, act="relu")
+            torch.autograd.backward(outputs, [torch.randn_like(out)] * 2)
+            assert x.grad.isfinite().all() and other.grad.isfinite().all()
 
 
 def step(block: torch.nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:

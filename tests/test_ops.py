@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
-from fusedres.functional import batch_norm_act
+from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.nn import BasicBlock, BatchNormAct2d
 from tests.oracle import batch_norm_inputs, run_batch_norm
 
@@ -69,6 +69,51 @@ def test_opcheck_backward(device, frozen):
     )
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_sum_training(device, residual_dtype, grad):
+    t = operator_arguments(device, residual=True, grad=grad)
+    residual = t.residual.detach().to(residual_dtype).requires_grad_(grad)
+    torch.library.opcheck(
+        torch.ops.fusedres.add_batch_norm_act.default,
+        (
+            t.input,
+            residual,
+            t.weight,
+            t.bias,
+            t.running_mean,
+            t.running_var,
+            t.num_batches_tracked,
+            0.1,
+            1e-5,
+            "relu",
+            grad,
+        ),
+    )
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_opcheck_sum_inference(device, grad):
+    t = operator_arguments(device, residual=True, grad=grad)
+    torch.library.opcheck(
+        torch.ops.fusedres.add_batch_norm_act_inference.default,
+        (t.input, t.residual, t.weight, t.bias, t.running_mean, t.running_var, 1e-5, "relu", grad),
+    )
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("sum_used", [True, False])
+@pytest.mark.parametrize("term_dtype", [torch.float32, torch.bfloat16, None], ids=str)
+def test_opcheck_sum_backward(device, term_dtype, sum_used, frozen):
+    s = torch.randn(3, 4, 5, 3, device=device)
+    grad, grad_sum = torch.randn_like(s), torch.randn_like(s) if sum_used else None
+    stats = torch.rand(4, 4, device=device)
+    torch.library.opcheck(
+        torch.ops.fusedres.add_batch_norm_act_backward.default,
+        (grad, grad_sum, s, stats, "relu", frozen, term_dtype, torch.float32, None),
+    )
+
+
 @pytest.mark.parametrize("residual", [True, False])
 def test_saved_for_backward(device, residual):
     """The input, the statistics, and a bit an element only where a residual needs it."""
@@ -79,6 +124,77 @@ def test_saved_for_backward(device, residual):
     mask_bytes = (3 * 5 * 3 + 7) // 8 * 4 if residual else 0
     assert sum(x.numel() * x.itemsize for x in saved) == t.input.numel() * 2 + 4 * 4 * 4 + mask_bytes
     assert any(x.data_ptr() == t.input.data_ptr() for x in saved)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sum_saved_for_backward(device, training):
+    """The sum, which is an output, and the statistics."""
+    t = operator_arguments(device, torch.bfloat16, residual=True, grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        total, _ = add_batch_norm_act(
+            t.input, t.residual, t.running_mean, t.running_var, t.weight, t.bias, training, act="relu"
+        )
+    assert sum(x.numel() * x.itemsize for x in saved) == total.numel() * 2 + 4 * 4 * 4
+    assert any(x.data_ptr() == total.data_ptr() for x in saved)
+
+
+class PreActivation(nn.Module):
+    """Two joins in a row: the sum is normalised, and handed on to the next join."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(BatchNormAct2d(4, momentum=momentum) for momentum in (None, 0.1))
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total, out = self.norms[0].add(input, residual)
+        return self.norms[1].add(self.conv(out), total)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_sums(device, training, backend):
+    """fullgraph, both outputs in the backward, running statistics included, no recompilation from step to step."""
+    torch._dynamo.reset()
+    module = PreActivation().to(device).train(training)
+    twin = copy.deepcopy(module)
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(twin, fullgraph=True, backend=counter)
+    for _ in range(3):
+        x, r, *grads = torch.randn(4, 2, 4, 6, 6, device=device)
+        pairs = [[t.clone().requires_grad_() for t in (x, r)] for _ in range(2)]
+        outs = [run(*leaves) for run, leaves in zip((module, compiled), pairs, strict=True)]
+        for results in outs:
+            torch.autograd.backward(results, grads)
+        for mine, theirs in zip(
+            [*outs[1], *(t.grad for t in pairs[1])], [*outs[0], *(t.grad for t in pairs[0])], strict=True
+        ):
+            torch.testing.assert_close(mine, theirs)
+    assert counter.frame_count == 1
+    for (name, mine), theirs in zip(twin.named_parameters(), module.parameters(), strict=True):
+        # A compiler may sum a convolution's gradient in another order: rounding in proportion to the largest.
+        rounding = 1e-6 * theirs.grad.abs().max().item()
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=rounding, msg=name)
+    for (name, mine), theirs in zip(twin.named_buffers(), module.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)
+    assert module.norms[0].num_batches_tracked == (3 if training else 0)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_sum_of_one_tensor(device, backend):
+    """The input is the residual, of another dtype than the parameters, and only one output is used."""
+    torch._dynamo.reset()
+    x, grad = torch.randn(2, 3, 4, 6, 6, device=device).to(torch.bfloat16)
+
+    def run(t):
+        return add_batch_norm_act(t, t, None, None, training=True, act="relu")
+
+    for used in (0, 1):
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        for function, leaf in zip((run, torch.compile(run, fullgraph=True, backend=backend)), leaves, strict=True):
+            function(leaf)[used].backward(grad)
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -200,6 +316,37 @@ def test_double_backward_is_refused(device):
         torch.autograd.grad(out, x, torch.randn_like(out), create_graph=True)
 
 
+def test_double_backward_of_a_sum_is_refused(device):
+    x = torch.randn(2, 4, 3, 3, device=device, requires_grad=True)
+    outputs = add_batch_norm_act(x, x.detach(), None, None, training=True, act="relu")
+    for used in (outputs[:1], outputs[1:], outputs):
+        with pytest.raises(NotImplementedError, match="double backward"):
+            torch.autograd.grad(used, x, [torch.randn_like(x)] * len(used), create_graph=True, retain_graph=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_version_counters_of_a_sum(device, training):
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    x = torch.randn(2, 4, 3, 3, device=device)
+    before = (mean._version, var._version)
+    add_batch_norm_act(x, x, mean, var, training=training)
+    assert (mean._version, var._version) == (before[0] + training, before[1] + training)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+def test_sum_without_gradients(device, context, training):
+    t = operator_arguments(device, residual=True, grad=True)
+    expected = run_batch_norm(add_batch_norm_act, t, training, "relu")
+    with context():
+        running = [t.running_mean.clone(), t.running_var.clone()]
+        total, out = add_batch_norm_act(t.input, t.residual, *running, t.weight, t.bias, training, act="relu")
+    assert not total.requires_grad and not out.requires_grad
+    assert torch.equal(total, expected["sum"])
+    assert torch.equal(out, expected["out"])
+    assert torch.equal(running[0], expected["running_mean"])
+
+
 def test_func_transforms_take_the_reference(device, monkeypatch):
     x = torch.randn(2, 4, 3, 3, device=device)
     weight = torch.rand(4, device=device)
@@ -247,4 +394,5 @@ def test_unknown_backend(monkeypatch, backend):
 
 def test_public_names():
     assert fusedres.functional.batch_norm_act is batch_norm_act
+    assert fusedres.functional.add_batch_norm_act is add_batch_norm_act
     assert issubclass(BatchNormAct2d, nn.BatchNorm2d)

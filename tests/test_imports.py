@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "__init__": ({"fusion", "nn", "functional", "models"}, set()),
 }
 # They look into triton and the kernels; other benchmarks do not.
-INSTRUMENTS = {"codegen.py", "interpreter.py", "traffic.py"}
+INSTRUMENTS = {"code_report.py", "codegen.py", "interpreter.py", "traffic.py"}
 BENCHMARKS_MAY_IMPORT = {"fusedres", "fusedres.functional", "fusedres.models", "fusedres.nn"}
 
 

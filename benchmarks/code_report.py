@@ -1,0 +1,218 @@
+"""Static code report: registers, spills, access widths and tensor-core instructions of every kernel.
+
+``python -m benchmarks.code_report ARCH DTYPE...`` prints one JSON row for every distinct launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from benchmarks.codegen import TARGETS, Launch, compile_launch, recorded_launches
+
+SMS = 132  # tiled as for an H100
+BATCH_NORM_SHAPES = (
+    # The first needs two launches, the second fits on-chip; 67 channels allow no wide access.
+    ((8, 64, 56, 56), True),
+    ((8, 64, 56, 56), False),
+    ((2, 256, 14, 14), True),
+    ((2, 256, 14, 14), False),
+    ((8, 67, 56, 56), True),
+    ((2, 67, 14, 14), True),
+)
+
+
+def batch_norm_launches(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    channels_last: bool,
+    residual: bool,
+    training: bool,
+    act: str | None = "relu",
+) -> list[Launch]:
+    """The launches of one layer's forward and backward."""
+    from fusedres.kernels.batch_norm_backward import Gradients, batch_norm_act_backward
+    from fusedres.kernels.batch_norm_forward import batch_norm_act_forward, batch_norm_act_inference_forward
+
+    x = _activation(shape, dtype, channels_last)
+    other = torch.empty_like(x) if residual else None
+    vector = torch.empty(shape[1])
+    with recorded_launches() as launches:
+        if training:
+            count = torch.tensor(0)
+            out, stats, mask = batch_norm_act_forward(
+                x, other, vector, vector, vector, vector, count, 0.1, 1e-5, act, residual
+            )
+        else:
+            out, stats, mask = batch_norm_act_inference_forward(
+                x, other, vector, vector, vector, vector, 1e-5, act, True, residual
+            )
+        wanted = Gradients(torch.empty_like(x), other, vector, vector)
+        batch_norm_act_backward(out, x, mask if residual else None, stats, act, not training, wanted)
+    return launches
+
+
+def add_batch_norm_launches(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    channels_last: bool,
+    training: bool,
+    residual_dtype: torch.dtype | None = None,
+    act: str | None = "relu",
+) -> list[Launch]:
+    """The launches of one join of pre-activation blocks, forward and backward."""
+    from fusedres.kernels.add_batch_norm import add_batch_norm_act_forward, add_batch_norm_act_inference_forward
+    from fusedres.kernels.batch_norm_backward import Gradients, batch_norm_act_backward
+
+    x = _activation(shape, dtype, channels_last)
+    residual = _activation(shape, residual_dtype or dtype, channels_last)
+    vector = torch.empty(shape[1])
+    with recorded_launches() as launches:
+        if training:
+            count = torch.tensor(0)
+            s, out, stats = add_batch_norm_act_forward(
+                x, residual, vector, vector, vector, vector, count, 0.1, 1e-5, act
+            )  # fmt: skip
+        else:
+            s, out, stats = add_batch_norm_act_inference_forward(
+                x, residual, vector, vector, vector, vector, 1e-5, act, True
+            )
+        wanted = Gradients(torch.empty_like(s), None, vector, vector)
+        batch_norm_act_backward(out, s, None, stats, act, not training, wanted, torch.empty_like(s))
+    return launches
+
+
+def _activation(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=form)
+
+
+# Every BatchNorm layer of the report; float32 with a residual in 16 bits, and the reverse, differ in the forward only.
+BATCH_NORM_LAYERS = (
+    functools.partial(batch_norm_launches, residual=True),
+    functools.partial(batch_norm_launches, residual=False),
+    add_batch_norm_launches,
+    functools.partial(add_batch_norm_launches, residual_dtype=torch.float32),
+    functools.partial(add_batch_norm_launches, residual_dtype=torch.bfloat16),
+)
+
+
+def training_step_launches(model: nn.Module, images: tuple[int, ...], dtype: torch.dtype) -> list[Launch]:
+    """The launches of one channels-last training step of a fused model, found without computing anything."""
+    calls: list[tuple[tuple[int, ...], bool, str | None]] = []
+
+    def note(input: torch.Tensor, *_: object, residual: torch.Tensor | None, act: str | None, **__: object):
+        calls.append((tuple(input.shape), residual is not None, act))
+        return torch.empty_like(input)
+
+    with mock.patch("fusedres.nn.batch_norm.batch_norm_act", note):
+        model.to("meta")(torch.empty(images, device="meta"))
+    return [
+        launch
+        for shape, residual, act in calls
+        for launch in batch_norm_launches(shape, dtype, channels_last=True, residual=residual, training=True, act=act)
+    ]
+
+
+# Rows, features out and features in. Rows of 101 or 67 elements allow no wide access; 8192 is the widest row.
+LINEAR_SHAPES = (
+    (16384, 1024, 512),
+    (16384, 256, 512),
+    (256, 512, 512),
+    (300, 67, 101),
+    (4096, 24, 1000),
+    (256, 8192, 8192),
+)
+
+
+def layer_norm_linear_launches(M: int, N: int, K: int, dtype: torch.dtype, *, tf32: bool, training: bool):
+    """The launches of LayerNorm, Linear and ReLU, forward and backward, without the vendor's products."""
+    from fusedres.kernels import tiling
+    from fusedres.kernels.layer_norm import ColumnSums, layer_norm_bwd, layer_norm_fwd
+    from fusedres.kernels.layer_norm_linear import layer_norm_linear_fwd, relu_bias_bwd
+
+    x, y, weight = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (M, N), (N, K)))
+    bias, vector, stats = torch.empty(N, dtype=dtype), torch.empty(K), torch.empty(2, M) if training else None
+    with recorded_launches() as launches:
+        if tiling.fuses_layer_norm_linear(M, N, K, dtype.itemsize, tf32):
+            config = tiling.layer_norm_linear(M, N, K, dtype.itemsize, tf32, SMS)
+            layer_norm_linear_fwd(x, vector, vector, weight, bias, stats, config, 1e-5, "relu", tf32, y)
+        else:
+            layer_norm_fwd(x, None, vector, vector, stats, 1e-5, None, x)
+        if stats is not None:
+            relu_bias_bwd(y, y, y, bias)
+            layer_norm_bwd(x, x, stats, vector, vector, None, x, x, ColumnSums(vector, vector, None))
+    return launches
+
+
+def linear_layer_norm_launches(M: int, N: int, K: int, dtype: torch.dtype, *, tf32: bool, training: bool):
+    """The launches of Linear, LayerNorm, ReLU and the skip, forward and backward, without the vendor's products."""
+    from fusedres.kernels import tiling
+    from fusedres.kernels.layer_norm import ColumnSums, layer_norm_bwd, layer_norm_fwd
+    from fusedres.kernels.layer_norm_linear import linear_layer_norm_fwd
+
+    x, y, weight = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (M, N), (N, K)))
+    bias, vector, stats = torch.empty(N, dtype=dtype), torch.empty(N), torch.empty(2, M) if training else None
+    product = y if training else None
+    with recorded_launches() as launches:
+        if tiling.fuses_linear_layer_norm(M, N, K, dtype.itemsize, tf32, SMS):
+            config = tiling.linear_layer_norm(M, N, K, dtype.itemsize, SMS)
+            linear_layer_norm_fwd(x, weight, bias, vector, vector, y, product, stats, config, 1e-5, "relu", tf32, y)
+        else:
+            layer_norm_fwd(y, y, vector, vector, stats, 1e-5, "relu", y)
+        if stats is not None:
+            sums = ColumnSums(vector, vector, bias if N <= tiling.MAX_SUMMED else None)
+            layer_norm_bwd(y, y, stats, vector, vector, "relu", y, None, sums)
+    return launches
+
+
+def report(arch: str, dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]:
+    """One row for every distinct launch on ``arch``."""
+    seen = set()
+    for dtype, layout, launches in _layers(dtypes):
+        for launch in launches:
+            if launch in seen:
+                continue
+            seen.add(launch)
+            constants = dict(launch.constexprs)
+            yield {
+                "kernel": launch.name,
+                "arch": arch,
+                "dtype": str(dtype).removeprefix("torch."),
+                "layout": layout,
+                "align": min((value for name, value in constants.items() if name.startswith("ALIGN")), default=1),
+                "threads": launch.num_warps * TARGETS[arch].warp_size,
+                "tile": math.prod(constants.get(name, 1) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C")),
+                "precision": constants.get("PRECISION"),
+                "tensors": {name: kind for name, kind in launch.signature if kind.startswith("*")},
+                **asdict(compile_launch(launch, arch)),
+            }
+
+
+def _layers(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[torch.dtype, str, list[Launch]]]:
+    """dtype, layout and launches of every layer of the report."""
+    modes = (True, False)
+    for (shape, channels_last), dtype, layer, training in product(BATCH_NORM_SHAPES, dtypes, BATCH_NORM_LAYERS, modes):
+        layout = "channels-last" if channels_last else "NCHW"
+        yield dtype, layout, layer(shape, dtype, channels_last=channels_last, training=training)
+    for (M, N, K), dtype, training in product(LINEAR_SHAPES, dtypes, modes):
+        for layer in (layer_norm_linear_launches, linear_layer_norm_launches):
+            for tf32 in (True, False) if dtype == torch.float32 else (False,):
+                yield dtype, "rows", layer(M, N, K, dtype, tf32=tf32, training=training)
+
+
+if __name__ == "__main__":
+    for row in report(sys.argv[1], [getattr(torch, name) for name in sys.argv[2:]]):
+        print(json.dumps(row))

@@ -130,7 +130,7 @@ def layer_norm_fwd(
 ) -> None:  # fmt: skip
     """Fill y [M, N] and, where given, ``stats``. Reads z and the residual, writes y; one launch."""
     M, N = z.shape
-    config = tiling.rows(M, N, backward=False)
+    config = tiling.rows(M, N, z.itemsize, backward=False)
     with on_device(z.device):
         _layer_norm_fwd_kernel[(tiling.cdiv(M, config.block_m),)](
             z, residual, weight, bias, stats, y,
@@ -151,7 +151,7 @@ def layer_norm_bwd(
     where there are sums.
     """
     M, N = z.shape
-    config = tiling.rows(M, N, backward=True)
+    config = tiling.rows(M, N, z.itemsize, backward=True)
     programs = tiling.row_programs(M, config, num_sms(z.device))
     wanted = any(tensor is not None for tensor in sums)
     partials = torch.empty((3, programs, N), dtype=torch.float32, device=z.device) if wanted else None

@@ -135,13 +135,17 @@ def alignment(n: int) -> int:
     return gcd(n, 16)
 
 
-def rows(M: int, N: int, *, backward: bool) -> RowTiling:
+def _wide_access(length: int, itemsize: int) -> bool:
+    """Whether rows of so many elements begin at multiples of 16 bytes; else every element has an address of its own."""
+    return alignment(length) * itemsize >= 16
+
+
+def rows(M: int, N: int, itemsize: int, *, backward: bool) -> RowTiling:
     """For layer normalisation of M rows of N: 16 elements a thread, in the backward, with its three sums, 8."""
-    elements = TILE_ELEMENTS // 2 if backward else TILE_ELEMENTS
+    each = (8 if backward else 16) // (1 if _wide_access(N, itemsize) else 2)
     block_n = next_power_of_2(N)
-    block_m = max(1, min(elements // block_n, next_power_of_2(M)))
-    threads = block_m * block_n // (8 if backward else 16)
-    return RowTiling(block_m, block_n, max(1, min(32, threads // 32)))
+    block_m = max(1, min(256 * each // block_n, next_power_of_2(M)))
+    return RowTiling(block_m, block_n, max(1, min(32, block_m * block_n // (32 * each))))
 
 
 def row_programs(M: int, config: RowTiling, num_sms: int) -> int:
@@ -162,11 +166,6 @@ class GemmTiling:
 
 def _tensor_cores(itemsize: int, tf32: bool) -> bool:
     return itemsize == 2 or tf32
-
-
-def _wide_access(K: int, itemsize: int) -> bool:
-    """Whether rows of K begin at multiples of 16 bytes; else every element has an address, which takes registers."""
-    return alignment(K) * itemsize >= 16
 
 
 def fuses_layer_norm_linear(M: int, N: int, K: int, itemsize: int, tf32: bool) -> bool:

@@ -84,9 +84,10 @@ def _check_widths(row: dict[str, Any]) -> None:
         # Odd C, or planes of 14x14: rows do not begin at multiples of 16 bytes.
         return sum(row["tile"] * bits // (row["threads"] * 128) for bits in widths if row["align"] * bits >= 128)
 
-    if row["kernel"] not in PRODUCTS:  # their loads are asynchronous copies to shared memory
+    if row["kernel"] not in PRODUCTS:  # they copy asynchronously to shared memory
         assert row["loads"].get("128", 0) >= needed(ACTIVATIONS), row
-    assert row["stores"].get("128", 0) >= needed(OUTPUTS), row
+    if row["kernel"] not in PRODUCTS or not row["arch"].startswith("gfx"):  # MFMA leaves four results side by side
+        assert row["stores"].get("128", 0) >= needed(OUTPUTS), row
 
 
 @pytest.mark.parametrize(("batch", "most"), [(32, 10), (1, 30)])

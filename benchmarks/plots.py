@@ -47,18 +47,18 @@ def models(rows: Sequence[Row], path: Path) -> None:
 
 def traffic(rows: Sequence[Row], path: Path) -> None:
     """Passes over an activation, measured beside the budget."""
-    labels = [f"{row.mode}{', residual' if 'residual' in row.workload else ''}" for row in rows]
     groups = list(dict.fromkeys((tuple(row.shape), row.layout) for row in rows))
-    kinds = list(dict.fromkeys(labels))
-    figure, panels = plt.subplots(1, len(kinds), figsize=(11, 3.6), sharey=True, squeeze=False)
-    for panel, kind in zip(panels[0], kinds, strict=True):
-        chosen = [row for row, label in zip(rows, labels, strict=True) if label == kind]
-        for row in chosen:
-            place = groups.index((tuple(row.shape), row.layout))
-            total = _number(row, "passes") + _number(row, "aten_passes")
-            panel.barh(place, total, color="#0072B2" if row.status == "ok" else "#D55E00")
-        panel.axvline(_number(chosen[0], "budget_passes"), color="black", linestyle="--", label="budget")
-        panel.set_title(kind, fontsize=9)
+    workloads, phases = (list(dict.fromkeys(names)) for names in ([r.workload for r in rows], [r.mode for r in rows]))
+    figure, panels = plt.subplots(
+        len(workloads), len(phases), figsize=(9, 0.8 + 1.9 * len(workloads)), sharex=True, sharey=True, squeeze=False
+    )
+    for row in rows:
+        panel = panels[workloads.index(row.workload)][phases.index(row.mode)]
+        place = groups.index((tuple(row.shape), row.layout))
+        total, budget = _number(row, "passes") + _number(row, "aten_passes"), _number(row, "budget_passes")
+        panel.barh(place, total, color="#0072B2" if row.status == "ok" else "#D55E00")
+        panel.plot([budget, budget], [place - 0.5, place + 0.5], color="black", linestyle="--", linewidth=1)
+        panel.set_title(f"{row.workload}, {row.mode}", fontsize=9)
         panel.set_xlim(0, 6.8)
     panels[0][0].set_yticks(range(len(groups)), [f"{'x'.join(map(str, s))}, {layout}" for s, layout in groups])
     panels[0][0].invert_yaxis()

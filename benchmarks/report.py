@@ -78,20 +78,28 @@ def _traffic(folder: Path) -> str:
     rows = results.read(folder / "traffic.jsonl")
     if not rows:
         return ""
-    header = ["shape", "layout", "residual", "phase", "launches", "passes", "budget", "ATen passes", "vectors", "check"]
+    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault((row.workload, "×".join(map(str, row.shape)), row.layout), {})[row.mode] = row
+    phases = list(dict.fromkeys(row.mode for row in rows))
+    header = ["function", "shape", "layout", *phases, "launches", "ATen passes", "vectors", "check"]
     cells = [
         [
-            "×".join(map(str, row.shape)), row.layout, "yes" if "residual" in row.workload else "no", row.mode,
-            f"{row.figures['launches']:.0f}", _number(row, "passes", ".5g"), _number(row, "budget_passes", ".5g"),
-            _number(row, "aten_passes", ".5g"), _percent(row.figures.get("vector_share")), row.status,
+            *case, *(f"{_number(row, 'passes', '.5g')} of {_number(row, 'budget_passes', '.5g')}" for row in found),
+            " + ".join(f"{row.figures['launches']:.0f}" for row in found),
+            " + ".join(f"{row.figures['aten_passes']:.4g}" for row in found),
+            _percent(max(row.figures.get("vector_share") or 0.0 for row in found)),
+            ", ".join(dict.fromkeys(row.status for row in found)),
         ]
-        for row in rows
+        for case, by_phase in cases.items()
+        for found in [[by_phase[phase] for phase in phases]]
     ]  # fmt: skip
     return (
         "### Memory traffic\n\n"
         "Bytes that the kernels issue, counted exactly in Triton's interpreter, in passes over one activation\n"
-        f"({rows[0].dtype}; one pass reads or writes it once). `ATen passes` is work done beside the kernels,\n"
-        "`vectors` the share of per-channel vectors and partial sums. These are byte counts, not times.\n"
+        f"({rows[0].dtype}; one pass reads or writes it once), and the budget; launches and ATen passes (work done\n"
+        "beside the kernels) in the order of the columns. `vectors`: the largest share of per-channel vectors and\n"
+        "partial sums. These are byte counts, not times.\n"
         f"{_where(rows[0])}\n\n{_table(header, cells)}\n{_image(folder / 'traffic.jsonl', 'passes and budget')}"
     )
 

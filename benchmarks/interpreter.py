@@ -41,22 +41,28 @@ def fast_interpreter() -> Iterator[None]:
 
         return wrapper
 
-    def convert(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
-        if source == interpreter.tl.float32 and target == interpreter.tl.bfloat16:
-            return _to_bfloat16(values)
-        if source == interpreter.tl.bfloat16 and target == interpreter.tl.float32:
-            return values.astype(np.uint32) << 16
-        return convert_any(values, source, target, rounding)
-
-    convert_any = interpreter._convert_float
     options = type(interpreter.interpreter_builder.options)(sanitize_overflow=False)
     with (
         mock.patch.object(interpreter, "_patch_lang", patch_once(interpreter._patch_lang)),
         mock.patch.object(interpreter.GridExecutor, "__call__", forget(interpreter.GridExecutor.__call__)),
         mock.patch.object(interpreter.interpreter_builder, "options", options),
-        mock.patch.object(interpreter, "_convert_float", convert),
+        mock.patch.object(interpreter, "_convert_float", _mended(interpreter._convert_float)),
     ):
         yield
+
+
+def _mended(convert: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """``convert``, but for casts between float32 and bfloat16."""
+    import triton.language as tl
+
+    def wrapper(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            return _to_bfloat16(values)
+        if source == tl.bfloat16 and target == tl.float32:
+            return values.astype(np.uint32) << 16
+        return convert(values, source, target, rounding)
+
+    return wrapper
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:

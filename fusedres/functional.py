@@ -264,8 +264,13 @@ def _check_batch_norm(
         _check_residual(residual, input, input.shape)
         if dtype is not None and dtype.is_complex:
             raise TypeError(f"residual must be floating-point, got {residual.dtype}")
-    if not training:
-        return
+    if training:
+        _check_training(input, running_mean, momentum, num_batches_tracked)
+
+
+def _check_training(
+    input: Tensor, running_mean: Tensor | None, momentum: float | None, num_batches_tracked: Tensor | None
+) -> None:
     if input.numel() == input.shape[1] != 0:
         raise ValueError(f"input must have more than 1 value per channel when training, got shape {tuple(input.shape)}")
     if num_batches_tracked is not None:

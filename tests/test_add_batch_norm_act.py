@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fusedres import reference
 from fusedres.functional import add_batch_norm_act, batch_norm_act
+from fusedres.kernels import layout, tiling
 from tests.oracle import Tensors, batch_norm_inputs, check_batch_norm, run_batch_norm, to_double
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
@@ -21,10 +22,21 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MIXED = [(a, b) for a, b in itertools.product(DTYPES, DTYPES) if a != b]
 both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-both_tilings = pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 40, 17, 9)], ids=["one launch", "two launches"])
+ONE_LAUNCH, TWO_LAUNCHES = (4, 16, 6, 6), (16, 20, 17, 9)
+both_tilings = pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one launch", "two launches"])
 
 inputs_of = functools.partial(batch_norm_inputs, residual=True)
 check = functools.partial(check_batch_norm, add_batch_norm_act, eager=reference.add_batch_norm_act)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@both_tilings
+@both_layouts
+def test_names_of_the_tilings(channels_last, shape, dtype):
+    """The shapes below take as many launches as their names say, whatever the layout and the dtype."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    view = layout.rows(torch.empty(shape, memory_format=form))
+    assert (tiling.on_chip(view, dtype.itemsize) is not None) == (shape == ONE_LAUNCH)
 
 
 @pytest.mark.parametrize("act", ["relu", None])
@@ -218,7 +230,7 @@ def test_only_the_activation_is_used(device, training, shape):
 @both_modes
 def test_only_the_sum_is_used(device, training):
     """Its gradient is that of both terms, and nothing is launched; the parameters take no part."""
-    inputs = inputs_of((4, 12, 6, 6), torch.bfloat16, residual_dtype=torch.float32)
+    inputs = inputs_of(ONE_LAUNCH, torch.bfloat16, residual_dtype=torch.float32)
     with mock.patch("fusedres.kernels.batch_norm_backward.batch_norm_act_backward", side_effect=AssertionError):
         actual = gradients_of(device, inputs, training, {"sum"}, LEAVES)
     assert actual.keys() == {"input", "residual"}
@@ -314,7 +326,7 @@ def test_residual_that_no_kernel_covers(device, monkeypatch, dtype):
 
 
 @both_layouts
-@pytest.mark.parametrize("shape", [(4, 12, 6, 6), (6, 70, 17, 9)], ids=["one launch", "two launches"])
+@both_tilings
 def test_deterministic(device, shape, channels_last):
     """Bit for bit the same from run to run."""
     form = torch.channels_last if channels_last else torch.contiguous_format

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from fusedres.fusion.patterns import Call, Rewritten
 from fusedres.fusion.reads import MODULE_ATTRIBUTES, Reads, UntraceableError
+from fusedres.fusion.rewriting import Call, Rewritten
 from fusedres.fusion.runtime import is_changed
 from fusedres.fusion.tracing import parameters
 
@@ -27,7 +27,7 @@ _IGNORED = MODULE_ATTRIBUTES | {"_compiled_call_impl", "_is_fsdp_managed_module"
 _serial = itertools.count()
 _FORWARD = """
 def forward(self, {parameters}):
-    if self._fusedres_stale or {others}{literals}len(self._modules) != {children} or _is_changed(({norms}), ({acts})):
+    if self._fusedres_stale or {others}{literals}len(self._modules) != {children} or _is_changed({folded}):
         return _original(self, {arguments})
     return {call}
 """
@@ -37,15 +37,14 @@ def forward(self, {parameters}):
 class Code:
     """A rewritten forward: its text and what the names in it stand for, in a form that compares and pickles.
 
-    ``names`` holds functions by reference and Python modules by name; ``norms`` and ``acts`` are the paths of the
-    folded modules, ``children`` is the number of the block's children and ``attributes`` are the names of
-    its own plain attributes, and of those that its forward looked for in vain.
+    ``names`` holds functions by reference and Python modules by name; ``folded`` are the paths of the folded
+    BatchNorms, ReLUs, Linears and LayerNorms, ``children`` is the number of the block's children and ``attributes``
+    are the names of its own plain attributes, and of those that its forward looked for in vain.
     """
 
     source: str
     names: tuple[tuple[str, Any], ...]
-    norms: tuple[str, ...]
-    acts: tuple[str, ...]
+    folded: tuple[tuple[str, ...], ...]
     children: int
     attributes: frozenset[str]
     calls: tuple[Call, ...]
@@ -134,8 +133,7 @@ def generate(
     literals = sorted({item for read in reads for item in read.literals.items()})
     absent = {name for read in reads for name in read.absent}
     required, others = parameters(type(block).forward)
-    norms = tuple(sorted(folded[0].norms | folded[1].norms))
-    acts = tuple(sorted(folded[0].acts | folded[1].acts))
+    modules = tuple(tuple(sorted(one | other)) for one, other in zip(*(part.modules for part in folded), strict=True))
     arguments = ", ".join(required)
     call = f"_training(self, {arguments})"
     source = training.src.replace("def forward(", "def _training(", 1)
@@ -148,8 +146,7 @@ def generate(
         others="args or kwargs or " if others else "",
         literals="".join(f"self.{name} != {literal} or " for name, literal in literals),
         children=len(block._modules),
-        norms="".join(f"{_path(norm)}, " for norm in norms),
-        acts="".join(f"{_path(act)}, " for act in acts),
+        folded=", ".join(f"({''.join(f'{_path(path)}, ' for path in paths)})" for paths in modules),
         call=call,
     )
     words = set(re.findall(r"\w+", source))
@@ -160,7 +157,7 @@ def generate(
     )
     attributes = frozenset(vars(block).keys() - MODULE_ATTRIBUTES - {"_fusedres_stale"} | absent)
     calls = merge_calls(folded[0].calls, folded[1].calls)
-    return Code(source, used, norms, acts, len(block._modules), attributes, calls)
+    return Code(source, used, modules, len(block._modules), attributes, calls)
 
 
 def merge_calls(training: list[Call], evaluation: list[Call]) -> tuple[Call, ...]:
@@ -196,10 +193,10 @@ def is_intact(block: FusedBlock) -> bool:
     assert isinstance(block, nn.Module)
     children = dict(block.named_modules(remove_duplicate=False))
     code = block._fusedres_code
-    if block._fusedres_stale or any(path not in children for path in (*code.norms, *code.acts)):
+    if block._fusedres_stale or any(path not in children for paths in code.folded for path in paths):
         return False
     return len(block._modules) == code.children and not is_changed(
-        tuple(children[norm] for norm in code.norms), tuple(children[act] for act in code.acts)
+        *(tuple(children[path] for path in paths) for paths in code.folded)
     )
 
 

@@ -11,18 +11,27 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.blocks import Code, FusedBlock, generate, merge_calls, original_class
-from fusedres.fusion.patterns import Call, rewrite
-from fusedres.fusion.reads import UntraceableError
-from fusedres.fusion.runtime import is_hooked
+from fusedres.fusion.linear_patterns import rewrite_linears
+from fusedres.fusion.patterns import rewrite_batch_norms
+from fusedres.fusion.reads import UntraceableError, mentions
+from fusedres.fusion.rewriting import Call, Rewritten
+from fusedres.fusion.runtime import is_hooked, is_plain
 from fusedres.fusion.tracing import trace
-from fusedres.nn import BatchNormAct2d
+from fusedres.fusion.values import Values
+from fusedres.nn import BatchNormAct2d, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
 Filter = Callable[[nn.Module, str], bool]
+# Fused by those who built them; the pattern is reported under their LayerNorm.
+OWN_BLOCKS: dict[type[nn.Module], Call] = {
+    LayerNormLinear: Call("norm", "ln_linear_act"),
+    LinearLayerNorm: Call("norm", "linear_ln_act"),
+    ResidualMLPBlock: Call("norm", "linear_ln_act", "with the addition"),
+}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A block: the calls of BatchNorm in its forward, and the code to give it if anything can be folded."""
+    """A block: the calls of normalisations in its forward, and the code to give it if anything can be folded."""
 
     name: str
     block: nn.Module
@@ -32,7 +41,7 @@ class Plan:
 
 
 def make_plans(model: nn.Module, filter_fn: Filter | None = None) -> list[Plan]:
-    """A plan for each module of ``model`` that has a forward of its own and BatchNorms below it."""
+    """A plan for each module of ``model`` that has a forward of its own and a pattern's layers in or below it."""
     refused = set()
     if filter_fn is not None:
         refused = {module for name, module in walk(model) if not filter_fn(module, name)}
@@ -40,7 +49,7 @@ def make_plans(model: nn.Module, filter_fn: Filter | None = None) -> list[Plan]:
         return [
             _make_plan(name, block, refused)
             for name, block in walk(model)
-            if _has_forward(block) and any(isinstance(part, _BatchNorm) for part in block.modules())
+            if _has_forward(block) and _has_layers(block)
         ]
 
 
@@ -68,19 +77,46 @@ def swap_refusal(norm: nn.Module) -> str | None:
     return _sealed(norm)
 
 
-def _make_plan(name: str, block: nn.Module, refused: set[nn.Module]) -> Plan:
-    def refusal(norm: nn.Module) -> str | None:
-        if norm in refused:
-            return "filter_fn"
-        return swap_refusal(norm) or ("it has hooks" if is_hooked(norm) else None)
+def layer_refusal(layer: nn.Module) -> str | None:
+    """Why a fused forward cannot stand for the call of ``layer``, a Linear or a LayerNorm."""
+    kind = nn.LayerNorm if isinstance(layer, nn.LayerNorm) else nn.Linear
+    if type(layer) is not kind:
+        return f"{type(layer).__name__} is not nn.{kind.__name__}"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance"
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
+        return "it normalises over more than the last dimension"
+    for name, tensor in layer.named_parameters():
+        if not is_plain(tensor):
+            return f"its {name} is a {type(tensor).__name__}"
+    return _sealed(layer)
 
+
+def own_layers(block: nn.Module) -> Iterator[nn.Module]:
+    """The children that the forward of ``block`` itself may call: those in containers without a forward too."""
+    for child in block.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from own_layers(child)
+        else:
+            yield child
+
+
+def _make_plan(name: str, block: nn.Module, refused: set[nn.Module]) -> Plan:
+    def refusal(module: nn.Module) -> str | None:
+        if module in refused:
+            return "filter_fn"
+        reason = swap_refusal(module) if isinstance(module, _BatchNorm) else layer_refusal(module)
+        return reason or ("it has hooks" if is_hooked(module) else None)
+
+    if type(block) in OWN_BLOCKS:
+        return Plan(name, block, (OWN_BLOCKS[type(block)],))
     reason = "filter_fn" if block in refused else _block_refusal(block)
     if reason is not None:
         return Plan(name, block, reason=reason)
     try:
         (training, *reads), (evaluation, *others) = (trace(block, mode) for mode in (True, False))
-        folded = rewrite(block, training, refusal), rewrite(block, evaluation, refusal)
-        if folded[0].norms or folded[1].norms:
+        folded = _rewrite(block, training, refusal), _rewrite(block, evaluation, refusal)
+        if folded[0].is_changed or folded[1].is_changed:
             code = generate(block, (training, evaluation), folded, (*reads, *others))
             return Plan(name, block, code.calls, code)
         return Plan(name, block, merge_calls(folded[0].calls, folded[1].calls))
@@ -88,8 +124,28 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module]) -> Plan:
         return Plan(name, block, reason=str(error))
 
 
+def _rewrite(block: nn.Module, graph: torch.fx.Graph, refusal: Callable[[nn.Module], str | None]) -> Rewritten:
+    result = Rewritten()
+    rewrite_batch_norms(block, graph, refusal, result)
+    rewrite_linears(block, graph, refusal, result)
+    if result.is_changed:
+        Values(block, graph).without_needless_clones()
+    return result
+
+
 def _has_forward(block: nn.Module) -> bool:
-    return not isinstance(block, (_BatchNorm, nn.ModuleList, nn.ModuleDict))
+    return not isinstance(block, (_BatchNorm, nn.LayerNorm, nn.ModuleList, nn.ModuleDict))
+
+
+def _has_layers(block: nn.Module) -> bool:
+    """Whether the forward of ``block`` is worth a trace: no pattern is without a normalisation."""
+    parts = list(block.modules())
+    if any(isinstance(part, _BatchNorm) for part in parts):
+        return True
+    return all(
+        any(isinstance(part, kind) for part in parts) or mentions(type(block), function)
+        for kind, function in ((nn.LayerNorm, "layer_norm"), (nn.Linear, "linear"))
+    )
 
 
 def _block_refusal(block: nn.Module) -> str | None:

@@ -152,6 +152,23 @@ def check_code(block: nn.Module) -> None:
             ]
 
 
+@functools.cache
+def mentions(kind: type, name: str) -> bool:
+    """Whether ``name`` stands in a method of a user's class, or in a function of a user's that is named there."""
+    pending = [value for base in kind.__mro__ if not _is_torch(base.__module__) for value in vars(base).values()]
+    seen: set[Any] = set()
+    while pending:
+        function = _python_function(pending.pop())
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        for code in _codes(function.__code__):
+            if name in code.co_names:
+                return True
+            pending += [function.__globals__[other] for other in code.co_names if other in function.__globals__]
+    return False
+
+
 def _python_function(value: Any) -> types.FunctionType | None:
     """The function of a user's, or of a library's, that ``value`` wraps."""
     for _ in range(8):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -9,20 +11,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fusedres.functional import refusal
 from fusedres.fusion.blocks import FusedBlock, is_intact
 from fusedres.fusion.convert import is_taken
-from fusedres.fusion.patterns import Call
-from fusedres.fusion.plan import Plan, make_plans, swap_refusal, walk
+from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, swap_refusal, walk
+from fusedres.fusion.reads import mentions
+from fusedres.fusion.rewriting import Call
 from fusedres.nn import BatchNormAct2d
 
 COLUMNS = ("module", "pattern", "path", "reason")
 
 
 class Explanation:
-    """A row for each call of a BatchNorm and each print that is dropped; ``str`` is a table of them.
+    """A row for each call of a BatchNorm, for LayerNorms beside a Linear, and for each print that is dropped.
+
+    ``str`` is a table of them.
+
+    A LayerNorm and a Linear are one row, ``ln_linear_act`` or ``linear_ln_act`` in the order in which they run, under
+    the name of the LayerNorm, or of the block that calls ``F.layer_norm``. The pattern's name is the same with and
+    without ReLU or addition: ``reason`` says ``no ReLU`` (and what follows instead) and ``with the addition``. A
+    LayerNorm that is left alone is ``ln``, and has a row only where a Linear is in front of or behind it, at most one
+    operation away, or may be: beside a Linear in a block whose forward is left alone.
 
     Attributes:
         rows: dicts of ``module`` (qualified name; the block's for a print), ``pattern`` (``bn``, ``bn_act``,
-            ``bn_add``, ``bn_add_act`` or ``print``), ``path`` (``triton``, ``reference`` or, for what is left
-            alone, ``eager``) and ``reason``.
+            ``bn_add``, ``bn_add_act``, ``ln``, ``ln_linear_act``, ``linear_ln_act`` or ``print``), ``path``
+            (``triton``, ``reference`` or, for what is left alone, ``eager``) and ``reason``.
     """
 
     def __init__(self, rows: list[dict[str, str]]) -> None:
@@ -53,13 +64,18 @@ def explain(model: nn.Module) -> Explanation:
         for call in _current_calls(plan, fused):
             module = children[call.module]
             seen.add(module)
-            rows.append(_row(names.get(module, call.module), call, module, fused))
+            rows.append(_row(names.get(module, call.module), call, module, plan.block, fused))
     reasons = {plan.name: plan.reason for plan in plans}
     for norm, name in names.items():
         if isinstance(norm, _BatchNorm) and norm not in seen:
             reason = _owner_reason(name, reasons)
             if reason is not None:
-                rows.append(_row(name, Call(name, "bn", reason), norm, fused))
+                rows.append(_row(name, Call(name, "bn", reason), norm, norm, fused))
+    for plan in plans:
+        for module in _layer_norms_left_alone(plan):
+            if module in names and module not in seen:
+                call = Call("", "ln", f"{plan.name or 'the model'}: {plan.reason}")
+                rows.append(_row(names[module], call, module, module, fused))
     return Explanation(rows)
 
 
@@ -72,33 +88,57 @@ def _current_calls(plan: Plan, fused: bool) -> tuple[Call, ...]:
         return block._fusedres_code.calls
     why = "a module or an attribute has changed since" if isinstance(block, FusedBlock) else "its block was left alone"
     return tuple(
-        call if call.pattern == "bn" or _is_own(plan, call) else Call(call.module, "bn", why)
+        call if call.pattern in ("bn", "ln") or _is_own(plan, call) else Call(call.module, _unfused(call), why)
         for call in plan.calls
         if call.pattern != "print"
     )
 
 
+def _unfused(call: Call) -> str:
+    return "ln" if "ln" in call.pattern.split("_") else "bn"
+
+
 def _is_own(plan: Plan, call: Call) -> bool:
+    if type(plan.block) in OWN_BLOCKS:
+        return True
     module = plan.block.get_submodule(call.module)
     return isinstance(module, BatchNormAct2d) and not is_taken(module)
 
 
-def _row(name: str, call: Call, module: nn.Module, fused: bool) -> dict[str, str]:
+def _row(name: str, call: Call, module: nn.Module, block: nn.Module, fused: bool) -> dict[str, str]:
     path, reason = "", call.reason
     if call.pattern != "print":
-        left_alone = swap_refusal(module)
-        if left_alone is None and fused and not isinstance(module, BatchNormAct2d):
-            left_alone = "filter_fn, or added since"
-        refused = refusal(*_device_and_dtype(module)) if left_alone is None else None
-        path = "eager" if left_alone else "reference" if refused else "triton"
+        left_alone = _row_refusal(call, module, fused)
+        refused = refusal(*_device_and_dtype(module, block)) if left_alone is None else None
+        path = "eager" if left_alone is not None else "reference" if refused else "triton"
         reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason))))
     return {"module": name, "pattern": call.pattern, "path": path, "reason": reason}
 
 
-def _device_and_dtype(norm: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Those of the parameters or buffers, for want of an input."""
-    for tensor in (*norm.parameters(), *norm.buffers()):
-        return tensor.device, tensor.dtype
+def _row_refusal(call: Call, module: nn.Module, fused: bool) -> str | None:
+    """Why ``module`` runs as PyTorch's own; ``None`` where it does not."""
+    if _unfused(call) == "ln":
+        return call.reason if call.pattern == "ln" else None
+    left_alone = swap_refusal(module)
+    if left_alone is None and fused and not isinstance(module, BatchNormAct2d):
+        left_alone = "filter_fn, or added since"
+    return left_alone
+
+
+def _layer_norms_left_alone(plan: Plan) -> Iterator[nn.Module]:
+    """LayerNorms beside a Linear in a block whose graph is not known; the block itself where it calls functions."""
+    layers, kind = list(own_layers(plan.block)), type(plan.block)
+    if plan.reason and (any(isinstance(layer, nn.Linear) for layer in layers) or mentions(kind, "linear")):
+        yield from (layer for layer in layers if isinstance(layer, nn.LayerNorm))
+        if mentions(kind, "layer_norm"):
+            yield plan.block
+
+
+def _device_and_dtype(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Those of the parameters or buffers of the first that has any, for want of an input."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device, tensor.dtype
     return torch.empty(0).device, torch.get_default_dtype()
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fusedres.functional import layer_norm_linear_act, linear_layer_norm_act
 from fusedres.nn import BatchNormAct2d
+
+# A layer is a module, whose tensors are read at each call, or what its function takes after the input.
+Linear: TypeAlias = "nn.Linear | tuple[Tensor, Tensor | None]"
+LayerNorm: TypeAlias = "nn.LayerNorm | tuple[Sequence[int], Tensor | None, Tensor | None, float]"
+
+_FOLDED = (BatchNormAct2d, nn.ReLU, nn.Linear, nn.LayerNorm)
 
 
 def norm_add(norm: BatchNormAct2d, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:
@@ -25,28 +34,77 @@ def norm_add(norm: BatchNormAct2d, input: Tensor, residual: Any, act: str | None
     ):
         # By keyword: a normalisation that knows neither raises.
         return norm(input, residual=residual, act=act)
-    out = norm(input)
-    if changes == "norm":
-        out += residual
-    else:
-        out = out + residual if changes is None else residual.clone().add_(out)
+    out = _add(norm(input), residual, changes)
     return torch.relu(out) if act == "relu" else out
 
 
-def is_changed(norms: tuple[nn.Module, ...], acts: tuple[nn.Module, ...]) -> bool:
-    """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference."""
-    for norm in norms:
-        if type(norm) is not BatchNormAct2d:
-            return True
-    for act in acts:
-        if type(act) is not nn.ReLU:
-            return True
-    for module in norms + acts:
-        if "forward" in module.__dict__:
-            return True
-        # In each forward of each block: is_hooked() without the call.
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return True
+def norm_linear(input: Tensor, norm: LayerNorm, linear: Linear, act: str | None) -> Tensor:
+    """``act(linear(norm(input)))`` with eager's result, fused where tensors and shapes are the usual ones."""
+    (shape, ln_weight, ln_bias, eps), (weight, bias) = _norm_arguments(norm), _linear_arguments(linear)
+    if _is_usual(input, weight, bias, weight.shape[1:], shape, ln_weight, ln_bias):
+        return layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
+    out = _run(linear, _run(norm, input))
+    return torch.relu(out) if act == "relu" else out
+
+
+def linear_norm(input: Tensor, linear: Linear, norm: LayerNorm, act: str | None) -> Tensor:
+    """``act(norm(linear(input)))`` with eager's result, fused where tensors and shapes are the usual ones."""
+    (weight, bias), (shape, ln_weight, ln_bias, eps) = _linear_arguments(linear), _norm_arguments(norm)
+    if _is_usual(input, weight, bias, weight.shape[:1], shape, ln_weight, ln_bias):
+        return linear_layer_norm_act(input, weight, bias, ln_weight, ln_bias, eps=eps, act=act)
+    out = _run(norm, _run(linear, input))
+    return torch.relu(out) if act == "relu" else out
+
+
+def linear_norm_add(
+    input: Tensor, linear: Linear, norm: LayerNorm, act: str | None, residual: Any, changes: str | None
+) -> Tensor:
+    """``act(norm(linear(input))) + residual`` with eager's result; ``changes`` as in :func:`norm_add`."""
+    (weight, bias), (shape, ln_weight, ln_bias, eps) = _linear_arguments(linear), _norm_arguments(norm)
+    if (
+        _is_usual(input, weight, bias, weight.shape[:1], shape, ln_weight, ln_bias)
+        and isinstance(residual, Tensor)
+        and residual.shape == (*input.shape[:-1], weight.shape[0])
+        and residual.device == input.device
+        and residual.is_floating_point()
+        # Under autocast the dtype of what is added to is not the input's.
+        and (changes is None or (residual.dtype == input.dtype and not torch.is_autocast_enabled(input.device.type)))
+    ):
+        return linear_layer_norm_act(
+            input, weight, bias, ln_weight, ln_bias, eps=eps, act=act, residual=residual
+        )  # fmt: skip
+    return _add(linear_norm(input, linear, norm, act), residual, changes)
+
+
+def linear_shape(input: Tensor, linear: Linear) -> Tensor:
+    """A tensor of the shape and device of ``linear(input)``, for those who ask for no more; it takes no memory."""
+    if not isinstance(input, Tensor):  # a symbolic trace has no dimensions yet
+        return _run(linear, input)
+    return input.new_empty(()).expand(*input.shape[:-1], *_linear_arguments(linear)[0].shape[:-1])
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor of PyTorch's: others hold quantized, sharded or otherwise unusual values."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def is_changed(*folded: tuple[nn.Module, ...]) -> bool:
+    """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference.
+
+    ``folded`` are BatchNorms, ReLUs, Linears and LayerNorms, as far as there are any.
+    """
+    for kind, modules in zip(_FOLDED, folded, strict=False):
+        for module in modules:
+            if type(module) is not kind or "forward" in module.__dict__:
+                return True
+            # In each forward of each block: is_hooked() without the call.
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return True
     return bool(_has_any_global_hook())
 
 
@@ -55,3 +113,44 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _add(out: Tensor, residual: Any, changes: str | None) -> Tensor:
+    if changes == "norm":
+        out += residual
+        return out
+    return out + residual if changes is None else residual.clone().add_(out)
+
+
+def _run(layer: Linear | LayerNorm, input: Tensor) -> Tensor:
+    if isinstance(layer, nn.Module):
+        return layer(input)
+    return F.linear(input, *layer) if len(layer) == 2 else F.layer_norm(input, *layer)  # pyright: ignore
+
+
+def _linear_arguments(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    return (linear.weight, linear.bias) if isinstance(linear, nn.Module) else linear
+
+
+def _norm_arguments(norm: LayerNorm) -> tuple[Sequence[int], Tensor | None, Tensor | None, float]:
+    return (norm.normalized_shape, norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.Module) else norm
+
+
+def _is_usual(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    features: torch.Size,
+    shape: Sequence[int],
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+) -> bool:
+    """Whether the fused functions take what eager takes; what is unusual, or wrong, is left to eager."""
+    if not isinstance(input, Tensor) or input.is_nested or weight.dim() != 2 or tuple(shape) != tuple(features):
+        return False
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        return False
+    vectors = [vector for vector in (ln_weight, ln_bias) if vector is not None]
+    if any(vector.dtype not in (torch.float32, input.dtype) for vector in vectors):
+        return False
+    return all(is_plain(tensor) for tensor in (weight, bias, *vectors) if tensor is not None)

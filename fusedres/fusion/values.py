@@ -7,20 +7,23 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
-from fusedres.fusion.runtime import is_hooked, norm_add
+from fusedres.fusion.runtime import is_hooked, linear_norm, linear_norm_add, linear_shape, norm_add, norm_linear
 from fusedres.fusion.tracing import IN_PLACE_OPERATORS
 from fusedres.nn import BatchNormAct2d
 
 _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
+_OWN_FUNCTIONS = {norm_add, norm_linear, linear_norm, linear_norm_add, linear_shape}
 _FRESH_FUNCTIONS = {
-    norm_add, operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu
+    *_OWN_FUNCTIONS, operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu,
+    F.linear, F.layer_norm,
 }  # fmt: skip
 _FRESH_METHODS = {"clone", "add", "sub", "mul", "div", "relu"}
 _FRESH_MODULES = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, BatchNormAct2d, nn.MaxPool2d,
-    nn.AvgPool2d,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, BatchNormAct2d, nn.LayerNorm,
+    nn.MaxPool2d, nn.AvgPool2d,
 )  # fmt: skip
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "exponential")
 _METADATA_METHODS = {"size", "dim", "numel", "ndimension"}
@@ -87,7 +90,7 @@ class Values:
         function: Any = node.target
         if function in IN_PLACE_OPERATORS.values() or "out" in node.kwargs or node.kwargs.get("inplace", False):
             return True
-        known = function in (norm_add, torch.relu) or _namespace(function) in ("_operator", "torch")
+        known = function in _OWN_FUNCTIONS or _namespace(function) in ("_operator", "torch")
         return not known or function.__name__.endswith("_") or function is operator.setitem or _has_inplace(node)
 
     def is_fresh(self, node: fx.Node) -> bool:

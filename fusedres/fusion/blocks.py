@@ -37,17 +37,25 @@ def forward(self, {parameters}):
 class Code:
     """A rewritten forward: its text and what the names in it stand for, in a form that compares and pickles.
 
-    ``names`` holds functions by reference and Python modules by name; ``folded`` are the paths of the folded
-    BatchNorms, ReLUs, Linears and LayerNorms, ``children`` is the number of the block's children and ``attributes``
-    are the names of its own plain attributes, and of those that its forward looked for in vain.
+    ``names`` holds functions by reference and Python modules by name; ``norms`` (of batches), ``acts``, ``linears`` and
+    ``layer_norms`` are the paths of the folded modules, ``children`` is the number of the block's children and
+    ``attributes`` are the names of its own plain attributes, and of those that its forward looked for in vain.
     """
 
     source: str
     names: tuple[tuple[str, Any], ...]
-    folded: tuple[tuple[str, ...], ...]
+    norms: tuple[str, ...]
+    acts: tuple[str, ...]
+    linears: tuple[str, ...]
+    layer_norms: tuple[str, ...]
     children: int
     attributes: frozenset[str]
     calls: tuple[Call, ...]
+
+    @property
+    def folded(self) -> tuple[tuple[str, ...], ...]:
+        """The paths of the folded modules, by kind, as :func:`fusedres.fusion.runtime.is_changed` takes the modules."""
+        return self.norms, self.acts, self.linears, self.layer_norms
 
 
 class FusedBlock:
@@ -133,7 +141,10 @@ def generate(
     literals = sorted({item for read in reads for item in read.literals.items()})
     absent = {name for read in reads for name in read.absent}
     required, others = parameters(type(block).forward)
-    modules = tuple(tuple(sorted(one | other)) for one, other in zip(*(part.modules for part in folded), strict=True))
+    paths = [
+        tuple(sorted(getattr(folded[0], kind) | getattr(folded[1], kind)))
+        for kind in ("norms", "acts", "linears", "layer_norms")
+    ]
     arguments = ", ".join(required)
     call = f"_training(self, {arguments})"
     source = training.src.replace("def forward(", "def _training(", 1)
@@ -146,7 +157,7 @@ def generate(
         others="args or kwargs or " if others else "",
         literals="".join(f"self.{name} != {literal} or " for name, literal in literals),
         children=len(block._modules),
-        folded=", ".join(f"({''.join(f'{_path(path)}, ' for path in paths)})" for paths in modules),
+        folded=", ".join(f"({''.join(f'{_path(path)}, ' for path in group)})" for group in paths),
         call=call,
     )
     words = set(re.findall(r"\w+", source))
@@ -157,7 +168,7 @@ def generate(
     )
     attributes = frozenset(vars(block).keys() - MODULE_ATTRIBUTES - {"_fusedres_stale"} | absent)
     calls = merge_calls(folded[0].calls, folded[1].calls)
-    return Code(source, used, modules, len(block._modules), attributes, calls)
+    return Code(source, used, *paths, len(block._modules), attributes, calls)
 
 
 def merge_calls(training: list[Call], evaluation: list[Call]) -> tuple[Call, ...]:
@@ -195,9 +206,8 @@ def is_intact(block: FusedBlock) -> bool:
     code = block._fusedres_code
     if block._fusedres_stale or any(path not in children for paths in code.folded for path in paths):
         return False
-    return len(block._modules) == code.children and not is_changed(
-        *(tuple(children[path] for path in paths) for paths in code.folded)
-    )
+    folded = (tuple(children[path] for path in paths) for paths in code.folded)
+    return len(block._modules) == code.children and not is_changed(*folded)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Find BatchNorm + add + ReLU in a traced graph and fold it into one call."""
+"""Find the patterns of a traced graph; fold BatchNorm + add + ReLU into one call."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from collections.abc import Callable
 
 from torch import fx, nn
 
+from fusedres.fusion.linear_patterns import rewrite_linears
 from fusedres.fusion.rewriting import Call, Chain, Rewriter, Rewritten, describe
 from fusedres.fusion.runtime import norm_add
-from fusedres.fusion.values import between
+from fusedres.fusion.values import Values, between
 from fusedres.nn import BatchNormAct2d
 
 
-def rewrite_batch_norms(
-    block: nn.Module, graph: fx.Graph, refusal: Callable[[nn.Module], str | None], result: Rewritten
-) -> None:
-    """Fold the patterns of ``graph`` in place; ``refusal`` says why a BatchNorm must stay as it is."""
+def rewrite(block: nn.Module, graph: fx.Graph, refusal: Callable[[nn.Module], str | None]) -> Rewritten:
+    """Fold the patterns of ``graph`` in place; ``refusal`` says why a layer must stay as it is."""
+    result = Rewritten()
     _BatchNormRewriter(block, graph, refusal, result).run()
+    rewrite_linears(block, graph, refusal, result)
+    if result.is_changed:
+        Values(block, graph).without_needless_clones()
+    return result
 
 
 class _BatchNormRewriter(Rewriter):

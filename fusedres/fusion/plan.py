@@ -11,13 +11,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.blocks import Code, FusedBlock, generate, merge_calls, original_class
-from fusedres.fusion.linear_patterns import rewrite_linears
-from fusedres.fusion.patterns import rewrite_batch_norms
+from fusedres.fusion.patterns import rewrite
 from fusedres.fusion.reads import UntraceableError, mentions
-from fusedres.fusion.rewriting import Call, Rewritten
+from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import is_hooked, is_plain
 from fusedres.fusion.tracing import trace
-from fusedres.fusion.values import Values
 from fusedres.nn import BatchNormAct2d, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
 Filter = Callable[[nn.Module, str], bool]
@@ -115,22 +113,13 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module]) -> Plan:
         return Plan(name, block, reason=reason)
     try:
         (training, *reads), (evaluation, *others) = (trace(block, mode) for mode in (True, False))
-        folded = _rewrite(block, training, refusal), _rewrite(block, evaluation, refusal)
+        folded = rewrite(block, training, refusal), rewrite(block, evaluation, refusal)
         if folded[0].is_changed or folded[1].is_changed:
             code = generate(block, (training, evaluation), folded, (*reads, *others))
             return Plan(name, block, code.calls, code)
         return Plan(name, block, merge_calls(folded[0].calls, folded[1].calls))
     except UntraceableError as error:
         return Plan(name, block, reason=str(error))
-
-
-def _rewrite(block: nn.Module, graph: torch.fx.Graph, refusal: Callable[[nn.Module], str | None]) -> Rewritten:
-    result = Rewritten()
-    rewrite_batch_norms(block, graph, refusal, result)
-    rewrite_linears(block, graph, refusal, result)
-    if result.is_changed:
-        Values(block, graph).without_needless_clones()
-    return result
 
 
 def _has_forward(block: nn.Module) -> bool:

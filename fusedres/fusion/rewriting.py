@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,6 @@ class Rewritten:
     linears: set[str] = field(default_factory=set)
     layer_norms: set[str] = field(default_factory=set)
     is_changed: bool = False
-
-    @property
-    def modules(self) -> tuple[set[str], ...]:
-        """The folded modules by kind, in the order of :func:`fusedres.fusion.runtime.is_changed`."""
-        return self.norms, self.acts, self.linears, self.layer_norms
 
 
 @dataclass
@@ -100,12 +96,7 @@ class Rewriter:
 
     def residual(self, node: fx.Node, input: fx.Node) -> fx.Node | None:
         """The other operand where ``node`` adds another traced value to ``input``, unscaled."""
-        names = _ADD_FUNCTIONS if node.op == "call_function" else _ADD_METHODS if node.op == "call_method" else ()
-        kwargs = dict(node.kwargs)
-        operands = [*node.args, *(kwargs.pop(key) for key in ("input", "other") if key in kwargs)]
-        if node.target not in names or kwargs.pop("alpha", 1) != 1 or kwargs or len(operands) != 2:
-            return None
-        others = [operand for operand in operands if operand is not input]
+        others = [operand for operand in addition(node) if operand is not input]
         return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None
 
     def changed_operand(self, add: fx.Node, input: fx.Node) -> str | None:
@@ -184,6 +175,15 @@ class Rewriter:
                 node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user not in nodes)
         for node in reversed(nodes):
             self.graph.erase_node(node)
+
+
+def addition(node: fx.Node) -> list[Any]:
+    """The two operands where ``node`` adds them unscaled; the one that is changed in place, if any, comes first."""
+    names = _ADD_FUNCTIONS if node.op == "call_function" else _ADD_METHODS if node.op == "call_method" else ()
+    kwargs = dict(node.kwargs)
+    operands = [*node.args, *(kwargs.pop(key) for key in ("input", "other") if key in kwargs)]
+    plain = node.target in names and kwargs.pop("alpha", 1) == 1 and not kwargs and len(operands) == 2
+    return operands if plain else []
 
 
 def describe(node: fx.Node) -> str:

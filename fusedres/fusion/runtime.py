@@ -17,8 +17,6 @@ from fusedres.nn import BatchNormAct2d
 Linear: TypeAlias = "nn.Linear | tuple[Tensor, Tensor | None]"
 LayerNorm: TypeAlias = "nn.LayerNorm | tuple[Sequence[int], Tensor | None, Tensor | None, float]"
 
-_FOLDED = (BatchNormAct2d, nn.ReLU, nn.Linear, nn.LayerNorm)
-
 
 def norm_add(norm: BatchNormAct2d, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:
     """``act(norm(input) + residual)`` with eager's result, fused where the addition neither broadcasts nor casts.
@@ -88,23 +86,31 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
-def is_changed(*folded: tuple[nn.Module, ...]) -> bool:
-    """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference.
-
-    ``folded`` are BatchNorms, ReLUs, Linears and LayerNorms, as far as there are any.
-    """
-    for kind, modules in zip(_FOLDED, folded, strict=False):
-        for module in modules:
-            if type(module) is not kind or "forward" in module.__dict__:
-                return True
-            # In each forward of each block: is_hooked() without the call.
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
-                return True
+def is_changed(
+    norms: tuple[nn.Module, ...],
+    acts: tuple[nn.Module, ...],
+    linears: tuple[nn.Module, ...] = (),
+    layer_norms: tuple[nn.Module, ...] = (),
+) -> bool:
+    """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference."""
+    for norm in norms:
+        if type(norm) is not BatchNormAct2d:
+            return True
+    for act in acts:
+        if type(act) is not nn.ReLU:
+            return True
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            return True
+    for norm in layer_norms:
+        if type(norm) is not nn.LayerNorm:
+            return True
+    for module in norms + acts + linears + layer_norms:
+        if "forward" in module.__dict__:
+            return True
+        # In each forward of each block: is_hooked() without the call.
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
     return bool(_has_any_global_hook())
 
 
@@ -148,9 +154,14 @@ def _is_usual(
     """Whether the fused functions take what eager takes; what is unusual, or wrong, is left to eager."""
     if not isinstance(input, Tensor) or input.is_nested or weight.dim() != 2 or tuple(shape) != tuple(features):
         return False
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1] or not input.is_floating_point():
+        return False
+    if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        return False
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         return False
     vectors = [vector for vector in (ln_weight, ln_bias) if vector is not None]
-    if any(vector.dtype not in (torch.float32, input.dtype) for vector in vectors):
+    if any(vector.shape != features or vector.dtype not in (torch.float32, input.dtype) for vector in vectors):
         return False
-    return all(is_plain(tensor) for tensor in (weight, bias, *vectors) if tensor is not None)
+    given = [weight, *vectors] if bias is None else [weight, bias, *vectors]
+    return all(is_plain(tensor) and tensor.device == input.device for tensor in given)

@@ -291,7 +291,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, act: str |
         raise ValueError(f"weight must have 2 dimensions (N, K), got shape {tuple(weight.shape)}")
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input must have shape (*, {weight.shape[1]}), got {tuple(input.shape)}")
-    if weight.dtype != input.dtype and not (_autocasts(input) and weight.is_floating_point()):
+    if weight.dtype != input.dtype and not (autocasts(input) and weight.is_floating_point()):
         raise TypeError(f"weight must be of input's dtype {input.dtype}, got {weight.dtype}")
     _check_device("weight", weight, input)
     if bias is not None:
@@ -302,7 +302,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, act: str |
         _check_device("bias", bias, input)
 
 
-def _autocasts(input: Tensor) -> bool:
+def autocasts(input: Tensor) -> bool:
     """Whether autocast is on where ``input`` is; asking is an error on devices that have none, such as meta."""
     kind = input.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 from collections.abc import Callable
 
@@ -12,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedres
-from tests.zoo import TOLERANCE, assert_same_steps, counts
-
-LN_LINEAR, LINEAR_LN = "ln_linear_act", "linear_ln_act"
+from fusedres import models
+from tests import zoo
+from tests.linear_parts import LINEAR_LN, LN_LINEAR, assert_found, assert_same_runs, block_of, randomised, rows
+from tests.zoo import assert_same_steps, counts
 
 
 @pytest.fixture(autouse=True)
@@ -22,102 +22,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    """float64, with LayerNorms that are not the identity."""
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, 1.0 if "norm" in name or "ln" in name else 0.0, 0.5)
-    return model.double()
-
-
-def rows(*shape: int) -> Tensor:
-    return torch.randn(shape or (3, 8), dtype=torch.float64)
-
-
-class Parts(nn.Module):
-    """Children and parameters for the forwards below."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.fc2, self.wide = nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 12)
-        self.ln, self.ln2, self.ln3 = nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.LayerNorm(8)
-        self.bare, self.outer = nn.LayerNorm(8, elementwise_affine=False), nn.LayerNorm((3, 8))
-        self.relu, self.relu_ = nn.ReLU(), nn.ReLU(inplace=True)
-        self.alias, self.drop, self.gelu = nn.Identity(), nn.Dropout(0.0), nn.GELU()
-        self.w, self.b = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8))
-        self.ln_w, self.ln_b = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
-        self.size, self.eps = (8,), 1e-3
-
-
-def block_of(forward: Callable[..., object]) -> Parts:
-    block = type("Block", (Parts,), {"forward": forward})()
-    randomised(block)
-    return block
-
-
-def assert_same_runs(block: nn.Module, reference: nn.Module, x: Tensor) -> None:
-    """Outputs, the input afterwards and, where eager has them, gradients."""
-    for training in (True, False):
-        torch.manual_seed(1)
-        results = [_run(candidate, x, training) for candidate in (block, reference)]
-        for ours, its in zip(*results, strict=False):  # eager's backward may refuse what fused allows
-            torch.testing.assert_close(ours, its, **TOLERANCE)
-        assert len(results[0]) >= len(results[1])
-
-
-def _run(block: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
-    leaf = x.clone().requires_grad_()
-    given = leaf * 1
-    outputs = block.train(training)(given)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    results = [value.detach().clone() for value in (*outputs, given)]
-    generator = torch.Generator().manual_seed(1)
-    block.zero_grad()
-    loss = sum((out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum() for out in outputs)
-    assert isinstance(loss, Tensor)
-    try:
-        loss.backward()
-    except RuntimeError as error:
-        assert "inplace" in str(error)
-        return results
-    assert leaf.grad is not None
-    return [*results, leaf.grad, *(p.grad for p in block.parameters() if p.grad is not None)]
-
-
-def assert_found(block: nn.Module, expected: dict[str, int], x: Tensor | None = None) -> None:
-    reference = copy.deepcopy(block)
-    assert counts(block) == expected, fusedres.explain(block)
-    fusedres.fuse(block)
-    assert counts(block) == expected, fusedres.explain(block)
-    assert_same_runs(block, reference, rows() if x is None else x)
-
-
 def mlp(width: int = 8, depth: int = 3) -> nn.Sequential:
     layers = [nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU()) for _ in range(depth)]
     return nn.Sequential(*(layer for triple in layers for layer in triple), nn.Linear(width, 2))
-
-
-class ResidualLayer(nn.Module):
-    """``x + relu(norm(linear(x)))`` with a projection where the sizes differ."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.linear, self.norm = nn.Linear(inputs, outputs), nn.LayerNorm(outputs)
-        self.skip = nn.Identity() if inputs == outputs else nn.Linear(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + F.relu(self.norm(self.linear(x)))
-
-
-class ResidualMLP(nn.Module):
-    def __init__(self, width: int = 8, depth: int = 3, classes: int = 5) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([ResidualLayer(width // 2 if i == 0 else width, width) for i in range(depth)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x))
 
 
 class Looped(nn.Module):
@@ -146,19 +53,22 @@ class PreNorm(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
 
 
-class Functional(nn.Module):
-    """No module at all: its parameters are its own."""
+class Helper(nn.Module):
+    """Functions that stand in a method and in a function of the module's file."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(width, width)), nn.Parameter(torch.zeros(width))
-        self.ln_weight, self.ln_bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.weight, self.ln_weight = nn.Parameter(torch.randn(width, width)), nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + F.relu(self.normalise(F.linear(x, self.weight, self.bias)))
+        return x + F.relu(self.normalise(map_linearly(x, self.weight)))
 
     def normalise(self, h: Tensor) -> Tensor:
-        return F.layer_norm(h, h.shape[-1:], self.ln_weight, self.ln_bias)
+        return F.layer_norm(h, h.shape[-1:], self.ln_weight)
+
+
+def map_linearly(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
@@ -168,11 +78,29 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]
         (2, 3, 8),
         {LN_LINEAR: 3},
     ),
-    "residual": (ResidualMLP, (3, 4), {LINEAR_LN: 3, LN_LINEAR: 1}),
+    "residual_mlp": (lambda: models.residual_mlp(image_size=4, width=8), (3, 3, 4, 4), {LINEAR_LN: 4}),
+    "residual_mlp, linear skips": (
+        lambda: models.residual_mlp(image_size=4, width=8, skip="linear"),
+        (3, 3, 4, 4),
+        {LINEAR_LN: 4},
+    ),
+    "plain_mlp": (lambda: models.plain_mlp(in_features=6, width=8, out_features=5), (2, 3, 6), {LN_LINEAR: 4}),
+    "plain_mlp without bias": (
+        lambda: models.plain_mlp(in_features=6, width=8, out_features=5, bias=False),
+        (3, 6),
+        {LN_LINEAR: 4},
+    ),
+    "hand-written": (zoo.HandMLP, (3, 12), {LINEAR_LN: 3}),
+    "hand-written, skip first": (
+        lambda: zoo.HandMLP(lambda *sizes: zoo.MLPBlock(*sizes, skip_first=True)),
+        (3, 12),
+        {LINEAR_LN: 3},
+    ),
+    "hand-written, functional": (lambda: zoo.HandMLP(zoo.FunctionalMLPBlock), (3, 3, 4), {LINEAR_LN: 3}),
+    "last Linear bare": (zoo.mlp, (3, 12), {LN_LINEAR: 3}),
     "ModuleLists": (Looped, (3, 8), {LINEAR_LN: 3}),
     "pre-norm": (PreNorm, (2, 3, 8), {LN_LINEAR: 1}),
-    "functional": (Functional, (3, 8), {LINEAR_LN: 1}),
-    "functional, twice": (lambda: nn.Sequential(Functional(), Functional()), (2, 2, 8), {LINEAR_LN: 2}),
+    "in its own helper": (Helper, (3, 8), {LINEAR_LN: 1}),
 }
 
 
@@ -444,154 +372,3 @@ def test_prints_of_what_is_not_computed_are_named(capsys):
     block(rows())
     assert capsys.readouterr().out == "positive tensor(True)\n"
     assert_same_runs(block, reference, rows())
-
-
-def test_reasons_name_the_variant(monkeypatch):
-    monkeypatch.setenv("FUSEDRES_BACKEND", "auto")
-    model = nn.ModuleDict(
-        {
-            name: block_of(forward).float()
-            for name, forward in {
-                "act": lambda self, x: self.relu(self.ln(self.fc(x))),
-                "add": lambda self, x: self.relu(self.ln(self.fc(x))) + x,
-                "plain": lambda self, x: F.gelu(self.ln(self.fc(x))),
-                "plain_add": lambda self, x: self.ln(self.fc(x)) + x,
-                "first": lambda self, x: self.relu(self.fc(self.ln(x))),
-                "end": lambda self, x: self.fc(self.ln(x)),
-            }.items()
-        }
-    )
-    found = {row["module"]: (row["pattern"], row["reason"].split("; ")[-1]) for row in fusedres.explain(model).rows}
-    path = "" if fusedres.explain(model["act"]).rows[0]["path"] == "triton" else found["act.ln"][1]
-    assert found == {
-        "act.ln": (LINEAR_LN, path),
-        "add.ln": (LINEAR_LN, "with the addition"),
-        "plain.ln": (LINEAR_LN, "no ReLU: followed by gelu"),
-        "plain_add.ln": (LINEAR_LN, "no ReLU, with the addition"),
-        "first.ln": (LN_LINEAR, path),
-        "end.ln": (LN_LINEAR, "no ReLU: followed by the end of its block"),
-    }
-
-
-def test_rows_of_functions_are_their_blocks():
-    model = nn.Sequential(Functional(), nn.ReLU(), Functional())
-    assert [(row["module"], row["pattern"]) for row in fusedres.explain(model).rows] == [
-        ("0", LINEAR_LN), ("2", LINEAR_LN)
-    ]  # fmt: skip
-    assert [row["module"] for row in fusedres.explain(Functional()).rows] == [""]
-
-
-def test_broadcasting_and_promoting_additions_are_eagers():
-    class Block(Parts):
-        def forward(self, x, y):
-            return torch.relu(self.ln(self.fc(x))) + y
-
-    class InPlace(Parts):
-        def forward(self, x, y):
-            out = self.ln(self.fc(x))
-            out += y
-            return out
-
-    for kind in (Block, InPlace):
-        block = randomised(kind())
-        reference, x = copy.deepcopy(block), rows(3, 8)
-        assert counts(fusedres.fuse(block)) == {LINEAR_LN: 1}
-        assert "with the addition" in fusedres.explain(block).rows[0]["reason"]
-        integers = torch.ones(3, 8, dtype=torch.int64)
-        for y in (rows(3, 8), rows(8), rows(1, 1), rows(3, 8).float(), integers, 1.5):
-            ours, its = block(x, y), reference(x, y)
-            assert ours.dtype == its.dtype
-            torch.testing.assert_close(ours, its, **TOLERANCE)
-        for y in (rows(2, 3, 8), rows(3, 8).to(torch.complex128), None):
-            assert_same_outcome(
-                lambda y=y, x=x, block=block: block(x, y), lambda y=y, x=x, reference=reference: reference(x, y)
-            )
-
-
-def test_in_place_addition_keeps_its_operands_dtype():
-    class Block(Parts):
-        def forward(self, x, y):
-            out = self.ln(self.fc(x))
-            out += y
-            return out
-
-    block = Block()
-    reference = copy.deepcopy(block)
-    fusedres.fuse(block)
-    for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            for dtype in (torch.float64, torch.float32, torch.bfloat16):
-                x, y = torch.randn(3, 8), torch.randn(3, 8, dtype=dtype)
-                ours, its = block(x, y), reference(x, y)
-                assert ours.dtype == its.dtype
-                torch.testing.assert_close(ours, its)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", MODELS)
-def test_autocast_gives_eagers_dtypes(name, dtype, monkeypatch):
-    monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
-    build, shape, _ = MODELS[name]
-    model, x = randomised(build()).float(), rows(*shape).float()
-    reference = copy.deepcopy(model)
-    fusedres.fuse(model)
-    with torch.autocast("cpu", dtype):
-        ours, its = model(x), reference(x)
-    assert ours.dtype == its.dtype
-    torch.testing.assert_close(ours, its)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_parameters_of_another_dtype_under_autocast_and_without(autocast):
-    """What eager takes works, the rest raises its error."""
-    for forward in (lambda self, x: self.relu(self.ln(self.fc(x))) + x, lambda self, x: self.relu(self.fc(self.ln(x)))):
-        for change in (lambda b: b.bfloat16(), lambda b: b.ln.bfloat16(), lambda b: b.fc.bfloat16()):
-            block = block_of(forward).float()
-            change(block)
-            reference = copy.deepcopy(block)
-            fusedres.fuse(block)
-            for x in (torch.randn(3, 8), torch.randn(3, 8).bfloat16()):
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    assert_same_outcome(
-                        lambda x=x, block=block: block(x), lambda x=x, reference=reference: reference(x)
-                    )
-
-
-def assert_same_outcome(ours: Callable[[], Tensor], its: Callable[[], Tensor]) -> None:
-    """The same value and dtype, or an error of the same type."""
-    try:
-        expected = its()
-    except (RuntimeError, TypeError, ValueError) as error:
-        with pytest.raises(type(error)):
-            ours()
-    else:
-        result = ours()
-        assert result.dtype == expected.dtype
-        torch.testing.assert_close(result, expected, check_dtype=True)
-
-
-def test_wrong_inputs_raise_what_eager_raises():
-    def narrow(self, x):
-        return F.relu(self.fc(F.layer_norm(x, (4,))))
-
-    for forward, x in (
-        (lambda self, x: self.ln(self.fc(x)), rows(3, 4)),
-        (lambda self, x: self.fc(self.ln(x)), rows(3, 4)),
-        (lambda self, x: self.fc(self.ln(x)), rows(3, 8).float()),
-        (narrow, rows(3, 8)),
-    ):
-        block = block_of(forward)
-        reference = copy.deepcopy(block)
-        fusedres.fuse(block)
-        assert type(block).__mro__[1].__name__ == "FusedBlock"
-        with pytest.raises(RuntimeError):
-            reference(x)
-        assert_same_outcome(lambda x=x, block=block: block(x), lambda x=x, reference=reference: reference(x))
-
-
-def test_empty_batches_and_one_dimension():
-    block = block_of(lambda self, x: self.relu(self.ln(self.fc(x))) + x)
-    reference = copy.deepcopy(block)
-    fusedres.fuse(block)
-    for shape in ((0, 8), (8,), (1, 2, 3, 8)):
-        assert_same_runs(block, reference, rows(*shape))

@@ -141,10 +141,10 @@ def generate(
     literals = sorted({item for read in reads for item in read.literals.items()})
     absent = {name for read in reads for name in read.absent}
     required, others = parameters(type(block).forward)
-    paths = [
-        tuple(sorted(getattr(folded[0], kind) | getattr(folded[1], kind)))
-        for kind in ("norms", "acts", "linears", "layer_norms")
-    ]
+    norms = tuple(sorted(folded[0].norms | folded[1].norms))
+    acts = tuple(sorted(folded[0].acts | folded[1].acts))
+    linears = tuple(sorted(folded[0].linears | folded[1].linears))
+    layer_norms = tuple(sorted(folded[0].layer_norms | folded[1].layer_norms))
     arguments = ", ".join(required)
     call = f"_training(self, {arguments})"
     source = training.src.replace("def forward(", "def _training(", 1)
@@ -157,7 +157,7 @@ def generate(
         others="args or kwargs or " if others else "",
         literals="".join(f"self.{name} != {literal} or " for name, literal in literals),
         children=len(block._modules),
-        folded=", ".join(f"({''.join(f'{_path(path)}, ' for path in group)})" for group in paths),
+        folded=", ".join(_paths(group) for group in (norms, acts, linears, layer_norms)),
         call=call,
     )
     words = set(re.findall(r"\w+", source))
@@ -168,7 +168,7 @@ def generate(
     )
     attributes = frozenset(vars(block).keys() - MODULE_ATTRIBUTES - {"_fusedres_stale"} | absent)
     calls = merge_calls(folded[0].calls, folded[1].calls)
-    return Code(source, used, *paths, len(block._modules), attributes, calls)
+    return Code(source, used, norms, acts, linears, layer_norms, len(block._modules), attributes, calls)
 
 
 def merge_calls(training: list[Call], evaluation: list[Call]) -> tuple[Call, ...]:
@@ -244,6 +244,10 @@ def _rebuild(original: type[nn.Module], code: Code, constructor: Callable[..., A
     block = constructor(*arguments)
     block.__class__ = _fused_class(original, code)
     return block
+
+
+def _paths(targets: tuple[str, ...]) -> str:
+    return f"({''.join(f'{_path(target)}, ' for target in targets)})"
 
 
 def _path(target: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.functional import refusal
+from fusedres.functional import layer_norm_refusal, refusal
 from fusedres.fusion.blocks import FusedBlock, is_intact
 from fusedres.fusion.convert import is_taken
 from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, swap_refusal, walk
@@ -110,6 +110,8 @@ def _row(name: str, call: Call, module: nn.Module, block: nn.Module, fused: bool
     if call.pattern != "print":
         left_alone = _row_refusal(call, module, fused)
         refused = refusal(*_device_and_dtype(module, block)) if left_alone is None else None
+        if refused is None and isinstance(module, nn.LayerNorm):
+            refused = layer_norm_refusal(module.normalized_shape[-1])
         path = "eager" if left_alone is not None else "reference" if refused else "triton"
         reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason))))
     return {"module": name, "pattern": call.pattern, "path": path, "reason": reason}

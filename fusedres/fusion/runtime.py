@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fusedres.functional import layer_norm_linear_act, linear_layer_norm_act
+from fusedres.functional import autocasts, layer_norm_linear_act, linear_layer_norm_act
 from fusedres.nn import BatchNormAct2d
 
 # A layer is a module, whose tensors are read at each call, or what its function takes after the input.
@@ -66,7 +66,7 @@ def linear_norm_add(
         and residual.device == input.device
         and residual.is_floating_point()
         # Under autocast the dtype of what is added to is not the input's.
-        and (changes is None or (residual.dtype == input.dtype and not torch.is_autocast_enabled(input.device.type)))
+        and (changes is None or (residual.dtype == input.dtype and not autocasts(input)))
     ):
         return linear_layer_norm_act(
             input, weight, bias, ln_weight, ln_bias, eps=eps, act=act, residual=residual
@@ -156,7 +156,7 @@ def _is_usual(
         return False
     if input.dim() == 0 or input.shape[-1] != weight.shape[1] or not input.is_floating_point():
         return False
-    if weight.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    if weight.dtype != input.dtype and not autocasts(input):
         return False
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         return False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fusedres
 from fusedres import models
+from fusedres.fusion import runtime
+from tests.linear_parts import BUILDS, rows
 from tests.zoo import TOLERANCE, assert_same_steps, counts, images, small
 
 
@@ -67,6 +71,39 @@ def test_fsdp(group):
     torch.testing.assert_close(model(x), reference(x), **TOLERANCE)
     assert counts(model)["bn_add_act"] == 4
     torch.testing.assert_close(fusedres.unfuse(model)(x), reference(x), **TOLERANCE)
+
+
+def assert_same_gradients(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> None:
+    cotangent = torch.randn_like(reference(x))
+    for candidate in (model, reference):
+        candidate(x).backward(cotangent)
+    for ours, its in zip(model.parameters(), reference.parameters(), strict=True):
+        grad = ours.grad.full_tensor() if isinstance(ours.grad, DTensor) else ours.grad
+        torch.testing.assert_close(grad, its.grad, **TOLERANCE)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_ddp_of_linear_layers(group, build):
+    model = fusedres.fuse(build())
+    reference = copy.deepcopy(model)
+    assert_same_gradients(DistributedDataParallel(model), reference, rows())
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+@pytest.mark.parametrize("build", BUILDS)
+def test_fsdp_of_linear_layers(group, build, fused_first):
+    model = build()
+    reference = copy.deepcopy(model)
+    if fused_first:
+        fusedres.fuse(model)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for module in list(model.modules())[1:]:
+        if type(module).__name__ in ("ResidualMLPBlock", "FunctionalMLPBlock"):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert counts(model if fused_first else fusedres.fuse(model))
+    with mock.patch.object(runtime, "_run", side_effect=AssertionError("not fused")) if fused_first else nullcontext():
+        assert_same_gradients(model, reference, rows())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedres
+from fusedres.fusion import runtime
 from tests.linear_parts import BUILDS, rows
 from tests.zoo import TOLERANCE, assert_same_steps
 
@@ -43,7 +45,8 @@ def test_one_graph_and_no_recompilation(build, backend):
 def test_export(build, strict):
     model = fusedres.fuse(build()).eval()
     batch = {0: torch.export.Dim("batch", min=2)}
-    exported = torch.export.export(model, (rows(3, 8),), strict=strict, dynamic_shapes=(batch,))
+    with mock.patch.object(runtime, "_run", side_effect=AssertionError("not fused")):
+        exported = torch.export.export(model, (rows(3, 8),), strict=strict, dynamic_shapes=(batch,))
     x = rows(5, 8)
     torch.testing.assert_close(exported.module()(x), model(x), **TOLERANCE)
 
@@ -52,3 +55,10 @@ def test_export(build, strict):
 def test_symbolic_trace_of_a_fused_model(build):
     model, x = fusedres.fuse(build()).eval(), rows()
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x), **TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("build", BUILDS)
+def test_torch_jit_trace(build):
+    model, x = fusedres.fuse(build()).eval(), rows()
+    torch.testing.assert_close(torch.jit.trace(model, (rows(),))(x), model(x), **TOLERANCE)

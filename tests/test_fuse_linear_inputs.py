@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 
 import fusedres
-from tests.linear_parts import LINEAR_LN, Parts, assert_same_outcome, assert_same_runs, block_of, randomised, rows
+from tests.linear_parts import (
+    LINEAR_LN,
+    LN_LINEAR,
+    Parts,
+    assert_same_outcome,
+    assert_same_runs,
+    block_of,
+    randomised,
+    rows,
+)
 from tests.zoo import TOLERANCE, counts
 
 
@@ -129,4 +138,12 @@ def test_empty_batches_and_one_dimension():
     reference = copy.deepcopy(block)
     fusedres.fuse(block)
     for shape in ((0, 8), (8,), (1, 2, 3, 8)):
+        assert_same_runs(block, reference, rows(*shape))
+
+
+def test_dimensions_that_are_known_at_run_time():
+    block = block_of(lambda self, x: self.relu(self.fc(F.layer_norm(x, x.shape[1:]))))
+    reference = copy.deepcopy(block)
+    assert counts(fusedres.fuse(block)) == {LN_LINEAR: 1}
+    for shape in ((3, 8), (2, 3, 8)):  # normalised over the last dimension, and over the last two
         assert_same_runs(block, reference, rows(*shape))

@@ -16,14 +16,15 @@ _TAKEN = "_fusedres_taken"
 
 
 def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
-    """Fuse BatchNorm, residual additions and ReLU in every block of ``model``, in place.
+    """Fuse BatchNorm, or LayerNorm and Linear, with residual additions and ReLU in every block of ``model``, in place.
 
     Each ``nn.BatchNorm2d`` becomes a :class:`fusedres.nn.BatchNormAct2d`, the same object with the same tensors and
-    hooks. The forward of a block that holds a pattern is rewritten from its torch.fx graph; the block stays an
-    instance of its class. Parameters, buffers and ``state_dict`` are unchanged, results up to rounding; a forward that
-    cannot be traced, or depends on state that cannot be watched, is left alone, and :func:`explain` says why. A block
-    runs its original forward when one of its folded modules has been replaced, patched or hooked, one of its own
-    attributes set to another value, or an optional argument is passed. Fusing a fused model again changes nothing.
+    hooks; ``nn.Linear`` and ``nn.LayerNorm`` stay what they are. The forward of a block that holds a pattern is
+    rewritten from its torch.fx graph; the block stays an instance of its class. Parameters, buffers and ``state_dict``
+    are unchanged, results up to rounding; a forward that cannot be traced, or depends on state that cannot be watched,
+    is left alone, and :func:`explain` says why. A block runs its original forward when one of its folded modules has
+    been replaced, patched or hooked, one of its own attributes set to another value, or an optional argument is passed.
+    Fusing a fused model again changes nothing.
 
     Not watched, and as they were when ``fuse`` was called: numbers, strings and functions that a forward reads from
     its class or its Python module, the length of an ``nn.ModuleList``, and what it learns by calling functions of
@@ -31,8 +32,8 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
 
     Args:
         model: any module.
-        filter_fn: called with each module and its qualified name; where it returns ``False``, that BatchNorm, or
-            that block's own forward, is left alone.
+        filter_fn: called with each module and its qualified name; where it returns ``False``, that BatchNorm, Linear
+            or LayerNorm, or that block's own forward, is left alone.
 
     Returns:
         ``model`` itself.

@@ -109,9 +109,7 @@ def _row(name: str, call: Call, module: nn.Module, block: nn.Module, fused: bool
     path, reason = "", call.reason
     if call.pattern != "print":
         left_alone = _row_refusal(call, module, fused)
-        refused = refusal(*_device_and_dtype(module, block)) if left_alone is None else None
-        if refused is None and isinstance(module, nn.LayerNorm):
-            refused = layer_norm_refusal(module.normalized_shape[-1])
+        refused = _kernel_refusal(module, block) if left_alone is None else None
         path = "eager" if left_alone is not None else "reference" if refused else "triton"
         reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason))))
     return {"module": name, "pattern": call.pattern, "path": path, "reason": reason}
@@ -127,13 +125,20 @@ def _row_refusal(call: Call, module: nn.Module, fused: bool) -> str | None:
     return left_alone
 
 
+def _kernel_refusal(module: nn.Module, block: nn.Module) -> str | None:
+    """Why the reference runs in place of a kernel, as far as that is known without an input."""
+    reason = refusal(*_device_and_dtype(module, block))
+    if reason is None and isinstance(module, nn.LayerNorm):
+        return layer_norm_refusal(module.normalized_shape[-1])
+    return reason
+
+
 def _layer_norms_left_alone(plan: Plan) -> Iterator[nn.Module]:
     """LayerNorms beside a Linear in a block whose graph is not known; the block itself where it calls functions."""
     layers, kind = list(own_layers(plan.block)), type(plan.block)
     if plan.reason and (any(isinstance(layer, nn.Linear) for layer in layers) or mentions(kind, "linear")):
-        yield from (layer for layer in layers if isinstance(layer, nn.LayerNorm))
-        if mentions(kind, "layer_norm"):
-            yield plan.block
+        norms = [layer for layer in layers if isinstance(layer, nn.LayerNorm)]
+        yield from norms or [plan.block] * mentions(kind, "layer_norm")
 
 
 def _device_and_dtype(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedres.functional import autocasts, layer_norm_linear_act, linear_layer_norm_act
@@ -82,8 +83,8 @@ def linear_shape(input: Tensor, linear: Linear) -> Tensor:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor of PyTorch's: others hold quantized, sharded or otherwise unusual values."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    """Whether it is an ordinary tensor, or stands for one in an export; others are quantized, sharded or the like."""
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor)
 
 
 def is_changed(

@@ -300,10 +300,11 @@ LEFT: dict[str, tuple[Callable[..., object], str | None]] = {
     "functional, two dimensions": (
         lambda self, x: self.fc(F.layer_norm(x, (3, 8))), "more than the last dimension"),
     "gelu": (lambda self, x: self.ln(F.gelu(self.fc(x))), "gelu is between it and the Linear in front of it"),
-    "gelu behind": (lambda self, x: self.fc(self.gelu(self.ln(x))), "gelu is between it and the Linear behind it"),
-    "relu": (lambda self, x: self.ln(self.relu(self.fc(x))), "relu is between"),
-    "dropout": (lambda self, x: self.relu(self.ln(self.drop(self.fc(x)))), "drop is between"),
-    "dropout behind": (lambda self, x: self.fc(self.drop(self.ln(x))), "drop is between"),
+    "gelu behind": (
+        lambda self, x: self.fc(self.gelu(self.ln(x))), "gelu (GELU) is between it and the Linear behind it"),
+    "relu": (lambda self, x: self.ln(self.relu(self.fc(x))), "relu (ReLU) is between"),
+    "dropout": (lambda self, x: self.relu(self.ln(self.drop(self.fc(x)))), "drop (Dropout) is between"),
+    "dropout behind": (lambda self, x: self.fc(self.drop(self.ln(x))), "drop (Dropout) is between"),
     "normalised, used twice": (lambda self, x: self.fc(self.ln(x)) + self.fc2(self.ln(x)) * 0 + 1, None),
     "one value, used twice": (
         lambda self, x: (lambda n: self.fc(n) * self.fc2(n))(self.ln(x)), "its output is used more than once"),

@@ -127,7 +127,7 @@ class _LinearRewriter(Rewriter):
             return self._pair(norm, chain, linear)
         behind = self.chain(reader)
         near = self._is_apart(reader) and behind.reader is not None and self._reads(behind.reader, behind.last)
-        return f"{describe(reader)} is between it and the Linear behind it" if near else None
+        return f"{self._name(reader)} is between it and the Linear behind it" if near else None
 
     def _pair_before(self, norm: _Layer) -> _Pair | str | None:
         """The Linear that ``norm`` reads and ``norm``, or why there is none; ``None`` where no Linear is near."""
@@ -138,7 +138,7 @@ class _LinearRewriter(Rewriter):
         if linear is None:
             far = self._source(source.all_input_nodes[0]) if self._is_apart(source) else None
             near = far is not None and self._linear(far) is not None
-            return f"{describe(source)} is between it and the Linear in front of it" if near else None
+            return f"{self._name(source)} is between it and the Linear in front of it" if near else None
         chain = self.chain(source)
         if chain.reader is not norm.node:
             return f"the output of the Linear {linear.name} is used more than once"
@@ -187,7 +187,7 @@ class _LinearRewriter(Rewriter):
         self._note(norm, linear, act)
         self.replace(result, fused)
         self.replace(pair.chain.nodes, norm.input)
-        return Call(norm.path, "ln_linear_act", "" if act else _no_act(tail))
+        return Call(norm.path, "ln_linear_act", "" if act else self._no_act(tail))
 
     def _fold_linear_norm(self, pair: _Pair) -> Call:
         linear, norm = pair.first, pair.second
@@ -211,7 +211,7 @@ class _LinearRewriter(Rewriter):
         self._note(norm, linear, act)
         self.replace(result, fused)
         self.replace(gone, self._shape(linear, gone))
-        notes = ("" if act else "no ReLU" if add else _no_act(chain), "with the addition" if add else obstacle)
+        notes = ("" if act else "no ReLU" if add else self._no_act(chain), "with the addition" if add else obstacle)
         return Call(norm.path, "linear_ln_act", ", ".join(filter(None, notes)))
 
     def _addition(self, linear: _Layer, tail: Chain) -> tuple[fx.Node | None, str]:
@@ -240,6 +240,14 @@ class _LinearRewriter(Rewriter):
         with self.graph.inserting_before(linear.node):
             return self.graph.call_function(linear_shape, (linear.input, self._operand(linear)))
 
+    def _no_act(self, chain: Chain) -> str:
+        return "no ReLU" if chain.reader is None else f"no ReLU: followed by {self._name(chain.reader)}"
+
+    def _name(self, node: fx.Node) -> str:
+        """What ``node`` calls, for a reason; a child of a Sequential has no more than a number for a name."""
+        module = self.values.module(node)
+        return describe(node) if module is None else f"{describe(node)} ({type(module).__name__})"
+
     def _operand(self, layer: _Layer) -> Any:
         """How a rewritten forward passes ``layer`` to the functions of ``runtime``."""
         return self.graph.get_attr(layer.path) if layer.path else layer.arguments
@@ -258,7 +266,3 @@ def _bind(node: fx.Node, **parameters: Any) -> list[Any]:
 
 def _input_reason(input: Any) -> str | None:
     return None if isinstance(input, fx.Node) else "it is not called with one input"
-
-
-def _no_act(chain: Chain) -> str:
-    return "no ReLU" if chain.reader is None else f"no ReLU: followed by {describe(chain.reader)}"

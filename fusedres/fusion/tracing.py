@@ -136,7 +136,7 @@ def _trace(block: nn.Module, tracer: _Tracer) -> fx.Graph:
         raise UntraceableError("forward writes to the standard output")
     if any(not warning.filename.startswith(_TORCH) for warning in warned):
         raise UntraceableError("forward warns")
-    if tracer.kept() and gc.collect() is not None and tracer.kept():
+    if tracer.is_kept():
         raise UntraceableError("forward keeps a value outside of the block")
     return graph
 
@@ -235,8 +235,12 @@ class _Tracer(fx.Tracer):
         self.shown = False
         self.values: list[weakref.ref[_Value]] = []
 
-    def kept(self) -> bool:
-        """Whether somebody holds a traced value after the trace."""
+    def is_kept(self) -> bool:
+        """Whether somebody holds a traced value after the trace; cycles that hold one are young, or nearly always."""
+        for generation in (1, 2):
+            if all(value() is None for value in self.values):
+                return False
+            gc.collect(generation)
         return any(value() is not None for value in self.values)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

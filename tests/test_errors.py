@@ -165,7 +165,7 @@ def test_linear(monkeypatch, backend, order, changes, error, message):
         (torch.ones(2, 5, 4, dtype=torch.int64), TypeError, r"residual .*torch\.int64"),
         (torch.empty(2, 5, 4, device="meta"), ValueError, "residual must be on cpu, got meta"),
     ],
-    ids=str,
+    ids=["other shape", "broadcast", "integer", "other device"],
 )
 def test_linear_residual(residual, error, message):
     with pytest.raises(error, match=message):

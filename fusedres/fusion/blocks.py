@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
+from fusedres.fusion.chains import Chain
+from fusedres.fusion.joins import Forms, Joined, merge_chains
+from fusedres.fusion.pairs import is_open, total
 from fusedres.fusion.reads import MODULE_ATTRIBUTES, Reads, UntraceableError
-from fusedres.fusion.rewriting import Call, Rewritten
+from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import is_changed
 from fusedres.fusion.tracing import parameters
 
@@ -27,8 +30,14 @@ _IGNORED = MODULE_ATTRIBUTES | {"_compiled_call_impl", "_is_fsdp_managed_module"
 _serial = itertools.count()
 _FORWARD = """
 def forward(self, {parameters}):
-    if self._fusedres_stale or {others}{literals}len(self._modules) != {children} or _is_changed({folded}):
+    if {changed}:
         return _original(self, {arguments})
+    return {call}
+"""
+_OPERANDS = """
+def _fusedres_operands(self, {input}, residual):
+    if {changed}:
+        return self.forward(_total({input}, residual)), None
     return {call}
 """
 
@@ -38,8 +47,9 @@ class Code:
     """A rewritten forward: its text and what the names in it stand for, in a form that compares and pickles.
 
     ``names`` holds functions by reference and Python modules by name; ``norms`` (of batches), ``acts``, ``linears`` and
-    ``layer_norms`` are the paths of the folded modules, ``children`` is the number of the block's children and
-    ``attributes`` are the names of its own plain attributes, and of those that its forward looked for in vain.
+    ``layer_norms`` are the paths of the folded modules, ``guests`` of those that are called with a sum, ``children`` is
+    the number of the block's children and ``attributes`` are the names of its own plain attributes, and of those that
+    its forward looked for in vain. ``chain`` is how the block passes pairs on.
     """
 
     source: str
@@ -48,9 +58,11 @@ class Code:
     acts: tuple[str, ...]
     linears: tuple[str, ...]
     layer_norms: tuple[str, ...]
+    guests: tuple[str, ...]
     children: int
     attributes: frozenset[str]
     calls: tuple[Call, ...]
+    chain: Chain
 
     @property
     def folded(self) -> tuple[tuple[str, ...], ...]:
@@ -124,51 +136,80 @@ class _Module:
     name: str
 
 
-def generate(
-    block: nn.Module, graphs: tuple[fx.Graph, fx.Graph], folded: tuple[Rewritten, Rewritten], reads: tuple[Reads, ...]
-) -> Code:
-    """The code of the graphs for training and for evaluation, one where they are the same, behind the checks.
+def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, ...]) -> Code:
+    """The code of the forms for training and for evaluation, one where they are the same, behind the checks.
 
-    ``reads`` is what both read of the block's attributes.
+    ``reads`` is what was read of the block's attributes.
 
     Raises:
-        UntraceableError: the two graphs call different functions by one name.
+        UntraceableError: the graphs call different functions by one name.
     """
-    training, evaluation = (graph.python_code("self") for graph in graphs)
-    names = training.globals | evaluation.globals
-    if any(names[name] is not value for name, value in training.globals.items()):
-        raise UntraceableError("forward calls different functions by one name")
-    literals = sorted({item for read in reads for item in read.literals.items()})
-    absent = {name for read in reads for name in read.absent}
+    names: dict[str, Any] = {}
     required, others = parameters(type(block).forward)
-    norms = tuple(sorted(folded[0].norms | folded[1].norms))
-    acts = tuple(sorted(folded[0].acts | folded[1].acts))
-    linears = tuple(sorted(folded[0].linears | folded[1].linears))
-    layer_norms = tuple(sorted(folded[0].layer_norms | folded[1].layer_norms))
     arguments = ", ".join(required)
-    call = f"_training(self, {arguments})"
-    source = training.src.replace("def forward(", "def _training(", 1)
-    if training.src != evaluation.src:
-        call += f" if self.training else _evaluation(self, {arguments})"
-        source += evaluation.src.replace("def forward(", "def _evaluation(", 1)
+    forwards = [form.forward for form in forms]
+    pairs = [form.paired for form in forms if form.paired is not None]
+    folded = [
+        set[str]().union(*(getattr(form.folded, kind) for form in forms))
+        for kind in ("norms", "acts", "linears", "layer_norms")
+    ]
+    folded[0].update(*(form.norms for form in forwards))
+    guests = set[str]().union(*(form.guests for form in forwards))
+    checks = ["self._fusedres_stale", *_literal_checks(reads), f"len(self._modules) != {len(block._modules)}"]
+    source, call = _both_modes(forwards, "forward", arguments, names)
     source += _FORWARD.format(
         parameters=arguments + (", *args, **kwargs" if others else ""),
         arguments=arguments + (", *args, **kwargs" if others else ""),
-        others="args or kwargs or " if others else "",
-        literals="".join(f"self.{name} != {literal} or " for name, literal in literals),
-        children=len(block._modules),
-        folded=", ".join(_paths(group) for group in (norms, acts, linears, layer_norms)),
+        changed=" or ".join(["args or kwargs"] * others + checks + _module_checks(folded, guests)),
         call=call,
     )
+    if len(pairs) == 2:
+        folded[0].update(*(form.norms for form in pairs))
+        guests.update(*(form.guests for form in pairs))
+        second, call = _both_modes(pairs, "operands", f"{arguments}, residual", names)
+        changed = " or ".join(checks + _module_checks(folded, guests))
+        source += second + _OPERANDS.format(input=arguments, changed=changed, call=call)
+    absent = {name for read in reads for name in read.absent}
+    attributes = frozenset(vars(block).keys() - MODULE_ATTRIBUTES - {"_fusedres_stale"} | absent)
+    calls = merge_calls(*(form.folded.calls for form in forms))
+    return Code(
+        source, _used(source, names), *(tuple(sorted(group)) for group in (*folded, guests)),
+        children=len(block._modules), attributes=attributes, calls=calls, chain=merge_chains(*forms),
+    )  # fmt: skip
+
+
+def _used(source: str, names: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The ``names`` that occur in ``source``, in order."""
     words = set(re.findall(r"\w+", source))
-    used = tuple(
+    return tuple(
         (name, _Module(value.__name__) if isinstance(value, types.ModuleType) else value)
         for name, value in sorted(names.items(), key=lambda item: item[0])
         if name in words
     )
-    attributes = frozenset(vars(block).keys() - MODULE_ATTRIBUTES - {"_fusedres_stale"} | absent)
-    calls = merge_calls(folded[0].calls, folded[1].calls)
-    return Code(source, used, norms, acts, linears, layer_norms, len(block._modules), attributes, calls)
+
+
+def _literal_checks(reads: tuple[Reads, ...]) -> list[str]:
+    literals = sorted({item for read in reads for item in read.literals.items()})
+    return [f"self.{name} != {literal}" for name, literal in literals]
+
+
+def _module_checks(folded: list[set[str]], guests: set[str]) -> list[str]:
+    changed = f"_is_changed({', '.join(map(_paths, folded))})"
+    return [changed, f"_is_open({_paths(guests)})"] if guests else [changed]
+
+
+def _both_modes(forms: list[Joined], name: str, arguments: str, names: dict[str, Any]) -> tuple[str, str]:
+    """A function for each mode and the call of the one that is meant; ``names`` gets what is named in them."""
+    training, evaluation = (form.graph.python_code("self") for form in forms)
+    for code in (training, evaluation):
+        if any(names.setdefault(key, value) is not value for key, value in code.globals.items()):
+            raise UntraceableError("forward calls different functions by one name")
+    call = f"_training_{name}(self, {arguments})"
+    source = training.src.replace("def forward(", f"def _training_{name}(", 1)
+    if training.src != evaluation.src:
+        call += f" if self.training else _evaluation_{name}(self, {arguments})"
+        source += evaluation.src.replace("def forward(", f"def _evaluation_{name}(", 1)
+    return source, call
 
 
 def merge_calls(training: list[Call], evaluation: list[Call]) -> tuple[Call, ...]:
@@ -204,40 +245,43 @@ def is_intact(block: FusedBlock) -> bool:
     assert isinstance(block, nn.Module)
     children = dict(block.named_modules(remove_duplicate=False))
     code = block._fusedres_code
-    if block._fusedres_stale or any(path not in children for paths in code.folded for path in paths):
+    if block._fusedres_stale or any(path not in children for paths in (*code.folded, code.guests) for path in paths):
         return False
-    folded = (tuple(children[path] for path in paths) for paths in code.folded)
-    return len(block._modules) == code.children and not is_changed(*folded)
+    *folded, guests = (tuple(children[path] for path in paths) for paths in (*code.folded, code.guests))
+    return len(block._modules) == code.children and not is_changed(*folded) and not is_open(guests)
 
 
 @functools.cache
 def _fused_class(original: type[nn.Module], code: Code) -> type[nn.Module]:
     """One class for all blocks with the same code, so that torch.compile compiles it once."""
-    forward = _compile(original, code)
     attributes = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_fusedres_original": original,
         "_fusedres_code": code,
-        "forward": forward,
+        **_compile(original, code),
     }
-    return types.new_class(original.__name__, (FusedBlock, original), {}, lambda body: body.update(attributes))
+    fused = types.new_class(original.__name__, (FusedBlock, original), {}, lambda body: body.update(attributes))
+    if "_fusedres_operands" in vars(fused):
+        fused._fusedres_chained = fused  # pyright: ignore[reportAttributeAccessIssue]
+    return fused
 
 
-def _compile(original: type[nn.Module], code: Code) -> Callable[..., Any]:
+def _compile(original: type[nn.Module], code: Code) -> dict[str, Callable[..., Any]]:
+    """The methods that the source of ``code`` defines."""
     filename = f"<fusedres {original.__module__}.{original.__qualname__} {next(_serial)}>"
     linecache.cache[filename] = (len(code.source), None, code.source.splitlines(keepends=True), filename)
     names: dict[str, Any] = {
         name: importlib.import_module(value.name) if isinstance(value, _Module) else value for name, value in code.names
     }
-    names |= {"_original": original.forward, "_is_changed": is_changed}
+    names |= {"_original": original.forward, "_is_changed": is_changed, "_is_open": is_open, "_total": total}
     exec(compile(code.source, filename, "exec"), names)
     forward = names["forward"]
     forward.__module__, forward.__qualname__ = original.__module__, f"{original.__qualname__}.forward"
     forward.__doc__ = original.forward.__doc__
     forward.__signature__ = inspect.signature(original.forward)
-    return forward
+    return {name: names[name] for name in ("forward", "_fusedres_operands") if name in names}
 
 
 def _rebuild(original: type[nn.Module], code: Code, constructor: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -246,8 +290,8 @@ def _rebuild(original: type[nn.Module], code: Code, constructor: Callable[..., A
     return block
 
 
-def _paths(targets: tuple[str, ...]) -> str:
-    return f"({''.join(f'{_path(target)}, ' for target in targets)})"
+def _paths(targets: set[str]) -> str:
+    return f"({''.join(f'{_path(target)}, ' for target in sorted(targets))})"
 
 
 def _path(target: str) -> str:

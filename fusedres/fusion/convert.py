@@ -20,11 +20,13 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
 
     Each ``nn.BatchNorm2d`` becomes a :class:`fusedres.nn.BatchNormAct2d`, the same object with the same tensors and
     hooks; ``nn.Linear`` and ``nn.LayerNorm`` stay what they are. The forward of a block that holds a pattern is
-    rewritten from its torch.fx graph; the block stays an instance of its class. Parameters, buffers and ``state_dict``
-    are unchanged, results up to rounding; a forward that cannot be traced, or depends on state that cannot be watched,
-    is left alone, and :func:`explain` says why. A block runs its original forward when one of its folded modules has
-    been replaced, patched or hooked, one of its own attributes set to another value, or an optional argument is passed.
-    Fusing a fused model again changes nothing.
+    rewritten from its torch.fx graph; the block stays an instance of its class. In pre-activation networks the
+    BatchNorm that opens a block makes the sum that ended the one before: rewritten forwards pass each other the
+    summands, as long as nobody watches the blocks in between. Parameters, buffers and ``state_dict`` are unchanged,
+    results up to rounding; a forward that cannot be traced, or depends on state that cannot be watched, is left alone,
+    and :func:`explain` says why. A block runs its original forward when one of its folded modules has been replaced,
+    patched or hooked, one of its own attributes set to another value, or an optional argument is passed. Fusing a fused
+    model again changes nothing.
 
     Not watched, and as they were when ``fuse`` was called: numbers, strings and functions that a forward reads from
     its class or its Python module, the length of an ``nn.ModuleList``, and what it learns by calling functions of

@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.blocks import Code, FusedBlock, generate, merge_calls, original_class
+from fusedres.fusion.chains import NATIVE, Chain
+from fusedres.fusion.foreign import is_foreign
+from fusedres.fusion.joins import Forms, Joined, adopt, join
+from fusedres.fusion.pairs import is_native
 from fusedres.fusion.patterns import rewrite
 from fusedres.fusion.reads import UntraceableError, mentions
 from fusedres.fusion.rewriting import Call
@@ -29,13 +33,14 @@ OWN_BLOCKS: dict[type[nn.Module], Call] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A block: the calls of normalisations in its forward, and the code to give it if anything can be folded."""
+    """A block: the calls of normalisations in its forward, the code if anything can be folded, and its chain."""
 
     name: str
     block: nn.Module
     calls: tuple[Call, ...] = ()
     code: Code | None = None
     reason: str = ""
+    chain: Chain | None = None
 
 
 def make_plans(model: nn.Module, filter_fn: Filter | None = None) -> list[Plan]:
@@ -43,12 +48,25 @@ def make_plans(model: nn.Module, filter_fn: Filter | None = None) -> list[Plan]:
     refused = set()
     if filter_fn is not None:
         refused = {module for name, module in walk(model) if not filter_fn(module, name)}
+    names = {block: name for name, block in walk(model) if _has_forward(block) and _has_layers(block)}
+    plans: dict[nn.Module, Plan] = {}
+    chains: dict[nn.Module, Chain] = {}
+    visited = {model}
+
+    def visit(block: nn.Module) -> None:
+        """Children first, for their parents pass pairs on between them."""
+        for part in block.children():
+            if part not in visited:
+                visited.add(part)
+                visit(part)
+        if block in names:
+            plan = plans[block] = _make_plan(names[block], block, refused, chains)
+            if plan.chain is not None:
+                chains[block] = plan.chain
+
     with _original_classes(model):
-        return [
-            _make_plan(name, block, refused)
-            for name, block in walk(model)
-            if _has_forward(block) and _has_layers(block)
-        ]
+        visit(model)
+    return [plans[block] for block in names]
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -99,12 +117,25 @@ def own_layers(block: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _make_plan(name: str, block: nn.Module, refused: set[nn.Module]) -> Plan:
+def _make_plan(name: str, block: nn.Module, refused: set[nn.Module], chains: dict[nn.Module, Chain]) -> Plan:
     def refusal(module: nn.Module) -> str | None:
         if module in refused:
             return "filter_fn"
         reason = swap_refusal(module) if isinstance(module, _BatchNorm) else layer_refusal(module)
         return reason or ("it has hooks" if is_hooked(module) else None)
+
+    def adoptable(norm: nn.Module) -> bool:
+        return is_foreign(norm) and norm not in refused and not is_hooked(norm) and "forward" not in vars(norm)
+
+    def fusable(norm: nn.Module) -> bool:
+        return refusal(norm) is None or adoptable(norm)
+
+    def forms(graph: fx.Graph) -> Forms:
+        folded = rewrite(block, graph, refusal)
+        if not _has_batch_norm(block):
+            return Forms(folded, Joined(graph), None)
+        adopt(block, graph, folded, adoptable)
+        return join(block, graph, folded, chains, fusable)
 
     if type(block) in OWN_BLOCKS:
         return Plan(name, block, (OWN_BLOCKS[type(block)],))
@@ -113,11 +144,13 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module]) -> Plan:
         return Plan(name, block, reason=reason)
     try:
         (training, *reads), (evaluation, *others) = (trace(block, mode) for mode in (True, False))
-        folded = rewrite(block, training, refusal), rewrite(block, evaluation, refusal)
-        if folded[0].is_changed or folded[1].is_changed:
-            code = generate(block, (training, evaluation), folded, (*reads, *others))
-            return Plan(name, block, code.calls, code)
-        return Plan(name, block, merge_calls(folded[0].calls, folded[1].calls))
+        both = forms(training), forms(evaluation)
+        native = is_native(block)  # knows what a second forward would
+        if any(form.is_rewritten(native) for form in both):
+            code = generate(block, both, (*reads, *others))
+            return Plan(name, block, code.calls, code, chain=code.chain)
+        calls = merge_calls(both[0].folded.calls, both[1].folded.calls)
+        return Plan(name, block, calls, chain=NATIVE if native else None)
     except UntraceableError as error:
         return Plan(name, block, reason=str(error))
 
@@ -129,12 +162,16 @@ def _has_forward(block: nn.Module) -> bool:
 def _has_layers(block: nn.Module) -> bool:
     """Whether the forward of ``block`` is worth a trace: no pattern is without a normalisation."""
     parts = list(block.modules())
-    if any(isinstance(part, _BatchNorm) for part in parts):
+    if _has_batch_norm(block):
         return True
     return all(
         any(isinstance(part, kind) for part in parts) or mentions(type(block), function)
         for kind, function in ((nn.LayerNorm, "layer_norm"), (nn.Linear, "linear"))
     )
+
+
+def _has_batch_norm(block: nn.Module) -> bool:
+    return any(isinstance(part, _BatchNorm) for part in block.modules())
 
 
 def _block_refusal(block: nn.Module) -> str | None:

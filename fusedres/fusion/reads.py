@@ -170,7 +170,7 @@ def mentions(kind: type, name: str) -> bool:
 
 
 def _python_function(value: Any) -> types.FunctionType | None:
-    """The function of a user's, or of a library's, that ``value`` wraps."""
+    """The function of a user's, or of another library's, that ``value`` wraps."""
     for _ in range(8):
         if isinstance(value, (staticmethod, classmethod, types.MethodType)):
             value = value.__func__
@@ -181,7 +181,8 @@ def _python_function(value: Any) -> types.FunctionType | None:
     if not isinstance(value, types.FunctionType):
         return None
     home = str(value.__globals__.get("__name__", ""))
-    return None if _is_torch(home) or home.split(".")[0] in sys.stdlib_module_names - {"__main__"} else value
+    known = {"fusedres", *sys.stdlib_module_names} - {"__main__"}
+    return None if _is_torch(home) or home.split(".")[0] in known else value
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,7 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.functional import layer_norm_refusal, refusal
 from fusedres.fusion.blocks import FusedBlock, is_intact
+from fusedres.fusion.chains import Chain, norms_that_add
 from fusedres.fusion.convert import is_taken
+from fusedres.fusion.foreign import is_foreign
+from fusedres.fusion.pairs import is_native
 from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, swap_refusal, walk
 from fusedres.fusion.reads import mentions
 from fusedres.fusion.rewriting import Call
@@ -32,8 +36,8 @@ class Explanation:
 
     Attributes:
         rows: dicts of ``module`` (qualified name; the block's for a print), ``pattern`` (``bn``, ``bn_act``,
-            ``bn_add``, ``bn_add_act``, ``ln``, ``ln_linear_act``, ``linear_ln_act`` or ``print``), ``path``
-            (``triton``, ``reference`` or, for what is left alone, ``eager``) and ``reason``.
+            ``bn_add``, ``bn_add_act``, ``add_bn``, ``add_bn_act``, ``ln``, ``ln_linear_act``, ``linear_ln_act`` or
+            ``print``), ``path`` (``triton``, ``reference`` or, for what is left alone, ``eager``) and ``reason``.
     """
 
     def __init__(self, rows: list[dict[str, str]]) -> None:
@@ -59,10 +63,14 @@ def explain(model: nn.Module) -> Explanation:
     rows: list[dict[str, str]] = []
     seen: set[nn.Module] = set()
     plans = make_plans(model)
+    adding = norms_that_add(_current_chains(plans, fused))
     for plan in plans:
         children = dict(plan.block.named_modules(remove_duplicate=False))
         for call in _current_calls(plan, fused):
             module = children[call.module]
+            if module in adding and call.pattern in ("bn", "bn_act"):
+                adding.remove(module)  # by the first of its calls
+                call = replace(call, pattern=f"add_{call.pattern}")
             seen.add(module)
             rows.append(_row(names.get(module, call.module), call, module, plan.block, fused))
     reasons = {plan.name: plan.reason for plan in plans}
@@ -94,6 +102,20 @@ def _current_calls(plan: Plan, fused: bool) -> tuple[Call, ...]:
     )
 
 
+def _current_chains(plans: list[Plan], fused: bool) -> dict[nn.Module, Chain]:
+    """How the blocks pass pairs on now, or as they would."""
+    chains: dict[nn.Module, Chain] = {}
+    for plan in plans:
+        block, chain = plan.block, plan.chain
+        if isinstance(block, FusedBlock):
+            chain = block._fusedres_code.chain if is_intact(block) else None
+        elif fused and not is_native(block):
+            chain = None
+        if chain is not None:
+            chains[block] = chain
+    return chains
+
+
 def _unfused(call: Call) -> str:
     return "ln" if "ln" in call.pattern.split("_") else "bn"
 
@@ -119,6 +141,8 @@ def _row_refusal(call: Call, module: nn.Module, fused: bool) -> str | None:
     """Why ``module`` runs as PyTorch's own; ``None`` where it does not."""
     if _unfused(call) == "ln":
         return call.reason if call.pattern == "ln" else None
+    if is_foreign(module) and call.pattern != "bn":
+        return None
     left_alone = swap_refusal(module)
     if left_alone is None and fused and not isinstance(module, BatchNormAct2d):
         left_alone = "filter_fn, or added since"

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedres.functional import autocasts, layer_norm_linear_act, linear_layer_norm_act
+from fusedres.fusion.foreign import is_foreign
 from fusedres.nn import BatchNormAct2d
 
 # A layer is a module, whose tensors are read at each call, or what its function takes after the input.
@@ -88,14 +89,14 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_changed(
-    norms: tuple[nn.Module, ...],
-    acts: tuple[nn.Module, ...],
-    linears: tuple[nn.Module, ...] = (),
-    layer_norms: tuple[nn.Module, ...] = (),
+    norms: tuple[Any, ...],
+    acts: tuple[Any, ...],
+    linears: tuple[Any, ...] = (),
+    layer_norms: tuple[Any, ...] = (),
 ) -> bool:
     """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference."""
     for norm in norms:
-        if type(norm) is not BatchNormAct2d:
+        if type(norm) is not BatchNormAct2d and not is_foreign(norm):
             return True
     for act in acts:
         if type(act) is not nn.ReLU:

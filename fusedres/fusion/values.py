@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fusedres.fusion.foreign import foreign_norm
 from fusedres.fusion.runtime import is_hooked, linear_norm, linear_norm_add, linear_shape, norm_add, norm_linear
 from fusedres.fusion.tracing import IN_PLACE_OPERATORS
 from fusedres.nn import BatchNormAct2d
 
 _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
-_OWN_FUNCTIONS = {norm_add, norm_linear, linear_norm, linear_norm_add, linear_shape}
+_OWN_FUNCTIONS = {foreign_norm, norm_add, norm_linear, linear_norm, linear_norm_add, linear_shape}
 _FRESH_FUNCTIONS = {
     *_OWN_FUNCTIONS, operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu,
     F.linear, F.layer_norm,

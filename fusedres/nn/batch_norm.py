@@ -37,27 +37,15 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, act: str | None = _OWN) -> Tensor:
         """Normalise ``input`` ``(N, C, H, W)``; ``act`` overrides the module's for this call."""
-        return batch_norm_act(input, **self._state(input), residual=residual, act=self.act if act == _OWN else act)
+        return batch_norm_act(
+            input, **batch_norm_state(self, input), residual=residual, act=self.act if act == _OWN else act
+        )
 
     def add(self, input: Tensor, residual: Tensor, *, act: str | None = _OWN) -> tuple[Tensor, Tensor]:
         """``(s, self(s))`` of ``s = input + residual``, see :func:`fusedres.functional.add_batch_norm_act`."""
-        return add_batch_norm_act(input, residual, **self._state(input), act=self.act if act == _OWN else act)
-
-    def _state(self, input: Tensor) -> dict[str, Any]:
-        if not isinstance(input, torch.fx.Proxy):  # a symbolic trace has no dimensions yet
-            self._check_input_dim(input)
-        tracking = self.training and self.track_running_stats
-        use_running = tracking or not self.training
-        return {
-            "running_mean": self.running_mean if use_running else None,
-            "running_var": self.running_var if use_running else None,
-            "weight": self.weight,
-            "bias": self.bias,
-            "training": self.training or self.running_mean is None,
-            "momentum": self.momentum,
-            "eps": self.eps,
-            "num_batches_tracked": self.num_batches_tracked if tracking else None,
-        }
+        return add_batch_norm_act(
+            input, residual, **batch_norm_state(self, input), act=self.act if act == _OWN else act
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"
@@ -80,6 +68,28 @@ class BatchNormAct2d(nn.BatchNorm2d):
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         self._qconfig = value
+
+
+def batch_norm_state(norm: nn.BatchNorm2d, input: Tensor) -> dict[str, Any]:
+    """What ``norm`` normalises ``input`` with in its mode: arguments of :func:`fusedres.functional.batch_norm_act`.
+
+    Raises:
+        ValueError: ``input`` is not ``(N, C, H, W)``.
+    """
+    if not isinstance(input, torch.fx.Proxy):  # a symbolic trace has no dimensions yet
+        norm._check_input_dim(input)
+    tracking = norm.training and norm.track_running_stats
+    use_running = tracking or not norm.training
+    return {
+        "running_mean": norm.running_mean if use_running else None,
+        "running_var": norm.running_var if use_running else None,
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "training": norm.training or norm.running_mean is None,
+        "momentum": norm.momentum,
+        "eps": norm.eps,
+        "num_batches_tracked": norm.num_batches_tracked if tracking else None,
+    }
 
 
 def as_batch_norm_act(module: nn.Module, act: str | None) -> BatchNormAct2d:

@@ -1,0 +1,60 @@
+"""Pre-activation networks: how the summands of a block's output pass from module to module.
+
+In these networks a block ends in ``out + shortcut`` and the next one begins with ``relu(bn(x))``, while the sum itself
+goes on as the identity path. A block that takes part gets a second forward, ``_fusedres_operands(self, x, residual)``:
+what the block computes of ``x + residual``, as a pair of summands where it ends in an addition. Its parent passes the
+pair of one block to the next (see :mod:`fusedres.fusion.pairs`), and so does the parent's own second forward to its
+siblings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fusedres.fusion.pairs import is_apart
+
+
+@dataclass(frozen=True)
+class Chain:
+    """How a block passes pairs on. Children and BatchNorms go by their paths; ``""`` is an addition of the block's own.
+
+    Attributes:
+        takes: what adds the residual to the block's input; ``None`` where it is added before the block begins.
+        gives: whose summands are the output; ``None`` where the output is no pair.
+        links: from what to what pairs are passed inside of the block.
+    """
+
+    takes: str | None = None
+    gives: str | None = None
+    links: tuple[tuple[str, str], ...] = ()
+
+
+NATIVE = Chain(takes="bn1", gives="")  # the blocks of fusedres.nn
+
+
+def norms_that_add(chains: Mapping[nn.Module, Chain]) -> set[nn.Module]:
+    """The BatchNorms to which pairs are passed, where nobody watches the blocks on the way."""
+
+    def gives(block: nn.Module) -> bool:
+        chain = chains.get(block)
+        if chain is None or chain.gives is None or is_apart(block):
+            return False
+        return not chain.gives or gives(block.get_submodule(chain.gives))
+
+    def taker(part: nn.Module) -> nn.Module | None:
+        chain = chains.get(part)
+        if chain is None or isinstance(part, _BatchNorm):
+            return part if isinstance(part, _BatchNorm) else None
+        return None if chain.takes is None or is_apart(part) else taker(part.get_submodule(chain.takes))
+
+    links = [(block, *link) for block, chain in chains.items() for link in chain.links]
+    takers = (
+        taker(block.get_submodule(target))
+        for block, source, target in links
+        if not source or gives(block.get_submodule(source))
+    )
+    return {norm for norm in takers if norm is not None}

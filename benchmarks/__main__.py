@@ -1,4 +1,4 @@
-"""``python -m benchmarks [models|traffic|train|report|all]``; without a word, models, traffic, plots and tables."""
+"""``python -m benchmarks [models|mlp|traffic|train|report|all]``; without a word, all but train."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import models_suite, plots, providers, report, results, traffic_suite, train_suite
+from benchmarks import plots, providers, report, results, timing_suite, traffic_suite, train_suite
 from benchmarks.environment import folder_name, resolve_device
 from benchmarks.errors import BenchmarkError, fail
 from benchmarks.results import Row
+from benchmarks.workloads import DTYPES, SUITES, Workload, workloads
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 150)
 warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")  # by us, on purpose
@@ -48,14 +49,14 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "suite", nargs="?", default="all", choices=["models", "traffic", "train", "report", "all"],
-        help="what to measure (default: all, which is models, traffic and report)",
+        "suite", nargs="?", default="all", choices=[*SUITES, "traffic", "train", "report", "all"],
+        help="what to measure (default: all, which is models, mlp, traffic and report)",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     parser.add_argument("--provider", action="append", help=f"one of: {', '.join(providers.PROVIDERS)}; repeatable")
-    parser.add_argument("--dtype", help=f"one of: {', '.join(models_suite.DTYPES)}")
+    parser.add_argument("--dtype", help=f"one of: {', '.join(DTYPES)}")
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder for rows and plots")
-    parser.add_argument("--seconds", type=float, default=300, help="begin no new model after so long")
+    parser.add_argument("--seconds", type=float, default=300, help="begin nothing new of a timed suite after so long")
     parser.add_argument("--interpreted-steps", type=int, default=40, help="train: steps with interpreted kernels")
     return parser.parse_args(argv)
 
@@ -63,13 +64,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> bool:
     device = resolve_device(arguments.device)
     chosen = providers.select(arguments.provider)
-    workloads = models_suite.workloads(device, arguments.dtype)
+    timed = {suite: workloads(suite, device, arguments.dtype) for suite in SUITES}
     if arguments.interpreted_steps < 0:
         raise BenchmarkError(f"--interpreted-steps must not be negative, got {arguments.interpreted_steps}")
     folder: Path = arguments.results
     right = True
-    if arguments.suite in ("models", "all"):
-        right &= _models(folder / folder_name(device), device, chosen, workloads, arguments.seconds)
+    for suite, found in timed.items():
+        if arguments.suite in (suite, "all"):
+            right &= _timings(suite, folder / folder_name(device), device, chosen, found, arguments.seconds)
     if arguments.suite in ("traffic", "all"):
         right &= _traffic(folder / "cpu")
     if arguments.suite == "train":
@@ -82,31 +84,31 @@ def _run(arguments: argparse.Namespace) -> bool:
     return right
 
 
-def _models(
+def _timings(
+    suite: str,
     folder: Path,
     device: torch.device,
     chosen: list[providers.Provider],
-    workloads: list[models_suite.Workload],
+    found: list[Workload],
     limit: float,
 ) -> bool:
-    total = sum(
-        len(w.cases()) * sum(w.compiled or provider.name != "torch.compile" for provider in chosen) for w in workloads
-    )
-    rows = _collect("models", models_suite.run(device, chosen, workloads, seconds_limit=limit), total)
+    path = folder / f"{suite}.jsonl"
+    measured = results.recorded(path, timing_suite.run(suite, device, chosen, found, seconds_limit=limit))
+    rows = _collect(suite, measured, timing_suite.count(chosen, found))
     if device.type == "cpu":
         CONSOLE.print(
             "[bold]These are not GPU timings:[/] reduced size, and on a CPU fusedres takes its reference path, "
             "so about 1.0x is expected."
         )
-    table = Table("workload", "mode", "images", "dtype", "provider", "ms", "quartiles", "images/s", "speedup", "check")
+    table = Table("workload", "mode", "batch", "dtype", "provider", "ms", "quartiles", "samples/s", "speedup", "check")
     for row in rows:
         figures = {k: "" if v is None else f"{v:.4g}" for k, v in row.figures.items()}
         table.add_row(
             row.workload, row.mode, str(row.shape[0]), row.dtype, row.provider, figures.get("ms", ""),
-            f"{figures.get('ms_q1', '')}-{figures.get('ms_q3', '')}", figures.get("images_per_s", ""),
+            f"{figures.get('ms_q1', '')}-{figures.get('ms_q3', '')}", figures.get("samples_per_s", ""),
             figures.get("speedup", ""), row.status + (f": {row.note}" if row.note else ""),
         )  # fmt: skip
-    return _save(folder / "models.jsonl", rows, table)
+    return _show(path, rows, table)
 
 
 def _traffic(folder: Path) -> bool:
@@ -121,7 +123,9 @@ def _traffic(folder: Path) -> bool:
             f"{figures['passes']:.5g}", f"{figures['budget_passes']:.5g}", f"{figures['aten_passes']:.4g}",
             f"{100 * (figures['vector_share'] or 0):.1f}%", row.status,
         )  # fmt: skip
-    return _save(folder / "traffic.jsonl", rows, table)
+    path = folder / "traffic.jsonl"
+    results.write(path, rows)
+    return _show(path, rows, table)
 
 
 def _train(folder: Path, interpreted_steps: int) -> bool:
@@ -141,7 +145,9 @@ def _train(folder: Path, interpreted_steps: int) -> bool:
         figures = {k: "" if v is None else f"{v:.4g}" for k, v in row.figures.items()}
         names = ("steps", "loss", "accuracy", "difference", "allowed")
         table.add_row(row.provider, row.layout, *(figures[name] for name in names), row.status)
-    return _save(folder / "train.jsonl", rows, table)
+    path = folder / "train.jsonl"
+    results.write(path, rows)
+    return _show(path, rows, table)
 
 
 def _collect(name: str, rows: Iterable[Row], total: int) -> list[Row]:
@@ -159,8 +165,7 @@ def _progress() -> Progress:
     return Progress(*columns, console=CONSOLE)
 
 
-def _save(path: Path, rows: list[Row], table: Table) -> bool:
-    results.write(path, rows)
+def _show(path: Path, rows: list[Row], table: Table) -> bool:
     CONSOLE.print(table)
     CONSOLE.print(f"rows: {path}", soft_wrap=True)
     return all(row.status in ("ok", "OOM", "not measured") for row in rows)

@@ -12,37 +12,51 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.providers import BASELINE, PROVIDERS
+from benchmarks.providers import PROVIDERS
 from benchmarks.results import Row
+from benchmarks.timing import STEPS
 
 COLOURS = dict(zip(PROVIDERS, ("#999999", "#000000", "#E69F00", "#0072B2"), strict=True))
-HATCHES = dict(zip(PROVIDERS, ("", "", "//", ".."), strict=True))
+MARKERS = dict(zip(PROVIDERS, "sDo^", strict=True))
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)))
 
 
-def models(rows: Sequence[Row], path: Path) -> None:
-    """Speed over eager channels-last by case and provider, with quartiles; slower than 1 is shown like faster."""
+def speeds(rows: Sequence[Row], path: Path) -> None:
+    """Speed over the baseline by case and provider, with quartiles; slower than 1 is shown like faster."""
     good = [row for row in rows if row.status == "ok" and row.figures.get("speedup")]
-    cases = list(dict.fromkeys(row.case() for row in good))
+    cases = list(dict.fromkeys(_case(row) for row in good))
     names = [name for name in PROVIDERS if any(row.provider == name for row in good)]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.22 * len(good)))
-    height = 0.8 / max(len(names), 1)
-    for row in good:
-        middle = cases.index(row.case()) + (names.index(row.provider) - (len(names) - 1) / 2) * height
-        speed, baseline = _number(row, "speedup"), _number(row, "speedup") * _number(row, "ms")
-        spread = [[speed - baseline / _number(row, "ms_q3")], [baseline / _number(row, "ms_q1") - speed]]
-        label = row.provider if middle == min(_places(good, cases, names, height, row.provider)) else None
-        axes.barh(
-            middle, speed, 0.9 * height, xerr=np.maximum(spread, 0), label=label, color=COLOURS[row.provider],
-            hatch=HATCHES[row.provider], edgecolor="white", error_kw={"ecolor": "#D55E00", "capsize": 2},
-        )  # fmt: skip
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(cases)), [f"{w}, {mode}\n{shape[0]} images, {dtype}" for w, mode, shape, dtype in cases])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"speed relative to {BASELINE} (more is faster; whiskers: quartiles)")
-    axes.set_title(rows[0].environment["device"] or "", fontsize=10)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0 + 0.35 / figure.get_figheight()), ncols=4, frameon=False)
+    figure, panels = plt.subplots(
+        1, len(STEPS), figsize=(10, 1.6 + 0.32 * len(cases)), sharey=True, layout="constrained"
+    )
+    for panel, mode in zip(panels, STEPS, strict=True):
+        panel.axvline(1, color="black", linewidth=0.8)
+        for position, name in enumerate(names):
+            chosen = [row for row in good if (row.mode, row.provider) == (mode, name)]
+            _points(panel, name, chosen, cases, 0.8 * ((position + 0.5) / len(names) - 0.5))
+        panel.set_title(mode, fontsize=10)
+        panel.grid(axis="y", linewidth=0.3)
+    panels[0].set_yticks(range(len(cases)), cases, fontsize=8)
+    panels[0].set_ylim(len(cases) - 0.4, -0.6)
+    figure.supxlabel("speed relative to eager (more is faster; whiskers: quartiles)", fontsize=10)
+    figure.suptitle(rows[0].environment["device"] or "", fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(names), frameon=False)
     _save(figure, path)
+
+
+def _points(panel: Any, name: str, rows: Sequence[Row], cases: list[str], offset: float) -> None:
+    """The speeds of one provider, perhaps none, ``offset`` of a line below the middle of their cases."""
+    speed = np.array([_number(row, "speedup") for row in rows])
+    low, middle, high = (np.array([_number(row, figure) for row in rows]) for figure in ("ms_q1", "ms", "ms_q3"))
+    spread = np.maximum([speed - speed * middle / high, speed * middle / low - speed], 0)
+    panel.errorbar(
+        speed, [cases.index(_case(row)) + offset for row in rows], xerr=spread, fmt=MARKERS[name], markersize=4,
+        color=COLOURS[name], label=name, elinewidth=1, capsize=2,
+    )  # fmt: skip
+
+
+def _case(row: Row) -> str:
+    return f"{row.workload}, batch {row.shape[0]}, {row.dtype}"
 
 
 def traffic(rows: Sequence[Row], path: Path) -> None:
@@ -50,7 +64,13 @@ def traffic(rows: Sequence[Row], path: Path) -> None:
     groups = list(dict.fromkeys((tuple(row.shape), row.layout) for row in rows))
     workloads, phases = (list(dict.fromkeys(names)) for names in ([r.workload for r in rows], [r.mode for r in rows]))
     figure, panels = plt.subplots(
-        len(workloads), len(phases), figsize=(9, 0.8 + 1.9 * len(workloads)), sharex=True, sharey=True, squeeze=False
+        len(workloads),
+        len(phases),
+        figsize=(9, 0.8 + 1.9 * len(workloads)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for row in rows:
         panel = panels[workloads.index(row.workload)][phases.index(row.mode)]
@@ -68,7 +88,7 @@ def traffic(rows: Sequence[Row], path: Path) -> None:
 
 def curves(losses: dict[str, list[float]], path: Path) -> None:
     """Training losses on one logarithmic axis."""
-    figure, axes = plt.subplots(figsize=(8, 4))
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     colours = ("#000000", "#E69F00", "#009E73", "#CC79A7", "#0072B2")
     for position, (name, values) in enumerate(losses.items()):
         axes.plot(
@@ -82,17 +102,11 @@ def curves(losses: dict[str, list[float]], path: Path) -> None:
     _save(figure, path)
 
 
-def _places(rows: Sequence[Row], cases: list[Any], names: list[str], height: float, provider: str) -> list[float]:
-    offset = (names.index(provider) - (len(names) - 1) / 2) * height
-    return [cases.index(row.case()) + offset for row in rows if row.provider == provider]
-
-
 def _number(row: Row, name: str) -> float:
     return float(row.figures.get(name) or 0.0)
 
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
     figure.savefig(path, dpi=130, facecolor="white", metadata={"Software": None})
     plt.close(figure)

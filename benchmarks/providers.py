@@ -13,7 +13,7 @@ from torch import nn
 import fusedres
 from benchmarks.errors import BenchmarkError
 
-BASELINE = "eager channels-last"
+EAGER, BASELINE = "eager", "eager channels-last"
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,7 @@ class Instance:
     module: nn.Module
     call: Callable[..., Any]
     optimizer: torch.optim.Optimizer
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.provider.channels_last else torch.contiguous_format
+    memory_format: torch.memory_format
 
 
 def _same(model: nn.Module) -> nn.Module:
@@ -50,7 +47,7 @@ def _compile(model: nn.Module) -> Callable[..., Any]:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("eager", False, _same),
+        Provider(EAGER, False, _same),
         Provider(BASELINE, True, _same),
         Provider("torch.compile", True, _compile),
         Provider("fusedres", True, fusedres.fuse),
@@ -59,7 +56,7 @@ PROVIDERS = {
 
 
 def select(names: list[str] | None) -> list[Provider]:
-    """The providers named, with the baseline, which speedups need; all of them for ``None``.
+    """The providers named; all of them for ``None``.
 
     Raises:
         BenchmarkError: an unknown name.
@@ -67,13 +64,20 @@ def select(names: list[str] | None) -> list[Provider]:
     for name in names or []:
         if name not in PROVIDERS:
             raise BenchmarkError(f"unknown provider {name!r}; choose from {', '.join(PROVIDERS)}")
-    return [p for p in PROVIDERS.values() if names is None or p.name in names or p.name == BASELINE]
+    return [p for p in PROVIDERS.values() if names is None or p.name in names]
 
 
-def instantiate(provider: Provider, model: nn.Module, device: torch.device) -> Instance:
-    """A deep copy of ``model`` on ``device``, prepared by ``provider``, with its own optimizer."""
+def instantiate(provider: Provider, model: nn.Module, device: torch.device, *, channels_last: bool = True) -> Instance:
+    """A deep copy of ``model`` on ``device``, prepared by ``provider``, with its own optimizer.
+
+    Args:
+        channels_last: whether the model has a use for that format, so that a provider that prefers it gets it.
+    """
     module = copy.deepcopy(model).to(device)
-    if provider.channels_last:
-        module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    memory_format = torch.contiguous_format
+    if channels_last and provider.channels_last:
+        memory_format = torch.channels_last
+        module = module.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     call = provider.prepare(module)
-    return Instance(provider, module, call, torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+    return Instance(provider, module, call, optimizer, memory_format)

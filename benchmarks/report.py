@@ -10,13 +10,14 @@ import torch
 from benchmarks import plots, results
 from benchmarks.environment import ROOT
 from benchmarks.errors import BenchmarkError
-from benchmarks.models_suite import workloads
-from benchmarks.providers import PROVIDERS
 from benchmarks.results import Row
+from benchmarks.workloads import SUITES, workloads
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOT_MEASURED = "not measured"
+SPEED = "speed over eager"
+FOLDED = 60  # lines; a longer table has to be opened
 
 
 def update(readme: Path = README, folder: Path = results.RESULTS) -> None:
@@ -42,8 +43,8 @@ def split(readme: Path) -> tuple[str, str, str]:
 
 def draw(folder: Path) -> None:
     """One plot beside each file of rows."""
-    for path in sorted(folder.glob("*/models.jsonl")):
-        plots.models(results.read(path), path.with_suffix(".png"))
+    for path in (path for suite in SUITES for path in sorted(folder.glob(f"*/{suite}.jsonl"))):
+        plots.speeds(results.read(path), path.with_suffix(".png"))
     for path in sorted(folder.glob("*/traffic.jsonl")):
         plots.traffic(results.read(path), path.with_suffix(".png"))
 
@@ -55,23 +56,28 @@ def render(folder: Path = results.RESULTS) -> str:
 
 
 def _gpu(folder: Path) -> str:
-    measured = [path for path in sorted(folder.glob("*/models.jsonl")) if path.parent.name != "cpu"]
     text = "### On a GPU\n\n"
-    if not measured:
-        text += "No GPU has been measured so far. `make gpu` on a machine with one fills this table.\n\n"
-        return text + _models_table(_unmeasured())
-    for path in measured:
-        rows = results.read(path)
-        text += f"{_where(rows[0])}\n\n{_models_table(rows)}\n{_image(path, 'speed over eager channels-last')}\n"
+    for suite in SUITES:
+        measured = [path for path in sorted(folder.glob(f"*/{suite}.jsonl")) if path.parent.name != "cpu"]
+        if not measured:
+            text += f"No GPU has been measured with `{suite}` so far. `make gpu` on a machine with one fills this in.\n"
+            text += f"\n{_unmeasured(suite)}\n"
+        for path in measured:
+            text += _timings(path)
     return text
 
 
-def _unmeasured() -> list[Row]:
-    return [
-        Row("models", w.name, mode, f"each of {len(PROVIDERS)}", [batch, *w.image], w.dtype, "", NOT_MEASURED)
-        for w in workloads(torch.device("cuda"), None)
-        for mode, batch in w.cases()
-    ]
+def _unmeasured(suite: str) -> str:
+    dtypes: dict[tuple[str, str], list[str]] = {}
+    for w in workloads(suite, torch.device("cuda"), None):
+        dtypes.setdefault((w.name, _input(w.batches, w.sample)), []).append(w.dtype)
+    cells = [[*case, ", ".join(names), NOT_MEASURED] for case, names in dtypes.items()]
+    return _table(["workload", "input", "dtype", "ms"], cells)
+
+
+def _timings(path: Path) -> str:
+    rows = results.read(path)
+    return f"{_where(rows[0])}\n\n{_timings_table(rows)}\n{_image(path, SPEED)}\n"
 
 
 def _traffic(folder: Path) -> str:
@@ -105,16 +111,15 @@ def _traffic(folder: Path) -> str:
 
 
 def _cpu(folder: Path) -> str:
-    rows = results.read(folder / "models.jsonl")
-    if not rows:
+    measured = [path for suite in SUITES if (path := folder / f"{suite}.jsonl").exists()]
+    if not measured:
         return ""
     return (
         "### On a CPU, at reduced size\n\n"
         "**These are not GPU timings.** On a CPU fusedres takes its reference path, which is eager PyTorch, so\n"
-        "about 1.0x over eager channels-last is expected; what the run shows is that every provider computes the\n"
-        f"same thing and what conversion costs. One thread.\n{_where(rows[0])}\n\n"
-        f"{_models_table(rows)}\n{_image(folder / 'models.jsonl', 'speed over eager channels-last')}"
-    )
+        "about 1.0x over eager is expected; what the run shows is that every provider computes the same thing and\n"
+        "what conversion costs. One thread.\n\n"
+    ) + "".join(_timings(path) for path in measured)
 
 
 def _digits(folder: Path) -> str:
@@ -138,9 +143,9 @@ def _digits(folder: Path) -> str:
     )
 
 
-def _models_table(rows: Sequence[Row]) -> str:
+def _timings_table(rows: Sequence[Row]) -> str:
     header = [
-        "workload", "mode", "images", "dtype", "provider", "ms (quartiles)", "images/s", "speedup",
+        "workload", "mode", "input", "dtype", "provider", "ms (quartiles)", "samples/s", "speedup",
         "first step s", "peak MiB",
     ]  # fmt: skip
     cells = []
@@ -152,15 +157,22 @@ def _models_table(rows: Sequence[Row]) -> str:
         numbers = [
             _number(row, name, style, empty)
             for name, style in (
-                ("images_per_s", ".4g"),
+                ("samples_per_s", ".4g"),
                 ("speedup", ".2f"),
                 ("first_step_s", ".3g"),
                 ("peak_mib", ".0f"),
             )
         ]
-        case = [row.workload, row.mode, f"{row.shape[0]} of {'×'.join(map(str, row.shape[1:]))}", row.dtype]
+        case = [row.workload, row.mode, _input(row.shape[:1], row.shape[1:]), row.dtype]
         cells.append([*case, row.provider, ms, *numbers])
-    return _table(header, cells)
+    table = _table(header, cells)
+    if len(cells) <= FOLDED:
+        return table
+    return f"<details><summary>{len(cells)} measurements</summary>\n\n{table}\n</details>\n"
+
+
+def _input(batches: Sequence[int], sample: Sequence[int]) -> str:
+    return f"{', '.join(map(str, batches))} of {'×'.join(map(str, sample))}"
 
 
 def _number(row: Row, name: str, style: str, empty: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,17 @@ class Row:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Replace ``path``; a file always holds the rows of one run."""
+    for _ in recorded(path, rows):
+        pass
+
+
+def recorded(path: Path, rows: Iterable[Row]) -> Iterator[Row]:
+    """Pass ``rows`` on, each written as it comes: a run that is cut short leaves what it has measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    with path.open("w", buffering=1) as file:
+        for row in rows:
+            file.write(json.dumps(asdict(row)) + "\n")
+            yield row
 
 
 def read(path: Path) -> list[Row]:

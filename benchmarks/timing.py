@@ -15,30 +15,44 @@ from benchmarks.providers import Instance
 Step = Callable[[], object]
 
 
-def train_step(instance: Instance, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Step:
-    """Forward, cross-entropy, backward and an SGD step; 16-bit dtypes run under autocast."""
-    images = images.to(memory_format=instance.memory_format)
+def train_step(instance: Instance, x: Tensor, target: Tensor, dtype: torch.dtype) -> Step:
+    """Of labels: forward, cross-entropy, backward and an SGD step; of a cotangent: forward and backward."""
+    x = x.contiguous(memory_format=instance.memory_format)
+    if target.is_floating_point():
+        return _gradient_step(instance, x.detach().requires_grad_(), target, dtype)
 
     def step() -> None:
         instance.module.train()
         instance.optimizer.zero_grad(set_to_none=True)
-        with autocast(images.device, dtype):
-            loss = F.cross_entropy(instance.call(images), labels)
+        with autocast(x, dtype):
+            loss = F.cross_entropy(instance.call(x), target)
         loss.backward()
         instance.optimizer.step()
 
     return step
 
 
-def inference_step(instance: Instance, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Step:
+def _gradient_step(instance: Instance, x: Tensor, cotangent: Tensor, dtype: torch.dtype) -> Step:
+    leaves = [x, *instance.module.parameters()]
+
+    def step() -> None:
+        instance.module.train()
+        with autocast(x, dtype):
+            y = instance.call(x)
+        torch.autograd.grad(y, leaves, cotangent)
+
+    return step
+
+
+def inference_step(instance: Instance, x: Tensor, target: Tensor, dtype: torch.dtype) -> Step:
     """Forward in evaluation mode without gradients."""
-    del labels
-    images = images.to(memory_format=instance.memory_format)
+    del target
+    x = x.contiguous(memory_format=instance.memory_format)
 
     def step() -> None:
         instance.module.eval()
-        with torch.no_grad(), autocast(images.device, dtype):
-            instance.call(images)
+        with torch.no_grad(), autocast(x, dtype):
+            instance.call(x)
 
     return step
 
@@ -46,8 +60,9 @@ def inference_step(instance: Instance, images: Tensor, labels: Tensor, dtype: to
 STEPS = {"training": train_step, "inference": inference_step}
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to ``dtype``, unless the input already has it: then the whole module does."""
+    return torch.autocast(x.device.type, dtype=dtype, enabled=x.dtype != dtype)
 
 
 def seconds(step: Step, device: torch.device) -> float:

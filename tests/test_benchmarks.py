@@ -14,10 +14,11 @@ from torch import nn
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-from benchmarks import digits, models_suite, parity, providers, report, results, timing, traffic_suite
+from benchmarks import digits, parity, providers, report, results, timing, timing_suite, traffic_suite, workloads
 from benchmarks.digits import Curve, Recipe
-from benchmarks.providers import BASELINE, Provider
+from benchmarks.providers import BASELINE, EAGER, Provider
 from benchmarks.results import Row
+from benchmarks.workloads import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -37,18 +38,21 @@ class _SlightlyOff(nn.Module):
         return self.model(x) * 1.001
 
 
-def _measure(*chosen: Provider, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
-    monkeypatch.setattr(models_suite, "CASE_SECONDS", 0.0)
-    block = (64, 6, 6)
-    workload = models_suite.Workload(
-        "residual block", models_suite.residual_block, "float32", (2,), block, 4, block, compiled=False
-    )
-    return list(models_suite.run(CPU, list(chosen), [workload], seconds_limit=60))
+BLOCK = Workload(
+    "residual block", workloads.residual_block, "float32", (2,), (64, 6, 6), workloads.CLASSES, (4, 64, 6, 6),
+    channels_last=True, compiled=False,
+)  # fmt: skip
+LAYERS = workloads.layers(24, 24, "bfloat16", (8, 40), compiled=())
+
+
+def _measure(workload: Workload, *chosen: Provider, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    monkeypatch.setattr(timing_suite, "CASE_SECONDS", 0.0)
+    return list(timing_suite.run("models", CPU, list(chosen), [workload], seconds_limit=60))
 
 
 def test_models_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = _measure(*providers.select(["fusedres", "eager"]), monkeypatch=monkeypatch)
-    assert [row.provider for row in rows if row.mode == "training"] == ["eager", BASELINE, "fusedres"]
+    rows = _measure(BLOCK, *providers.select(["fusedres", "eager"]), monkeypatch=monkeypatch)
+    assert [row.provider for row in rows if row.mode == "training"] == [BASELINE, EAGER, "fusedres"]
     for row in rows:
         assert row.status == "ok", row
         assert row.check["ok"]
@@ -60,33 +64,80 @@ def test_models_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_provider_gets_no_speedup(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Provider("wrong", True, _SlightlyOff)
-    rows = _measure(providers.PROVIDERS[BASELINE], wrong, monkeypatch=monkeypatch)
+    rows = _measure(BLOCK, providers.PROVIDERS[BASELINE], wrong, monkeypatch=monkeypatch)
     verdicts = {(row.provider, row.status) for row in rows}
     assert verdicts == {(BASELINE, "ok"), ("wrong", "WRONG")}
     assert all(row.figures["speedup"] is None for row in rows if row.provider == "wrong")
-    assert "| WRONG |" in report._models_table(rows)
+    assert "| WRONG |" in report._timings_table(rows)
 
 
 def test_a_provider_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(model: nn.Module) -> nn.Module:
         return nn.Sequential(model, nn.Linear(3, 3))
 
-    rows = _measure(providers.PROVIDERS[BASELINE], Provider("broken", True, prepare), monkeypatch=monkeypatch)
+    rows = _measure(BLOCK, providers.PROVIDERS[BASELINE], Provider("broken", True, prepare), monkeypatch=monkeypatch)
     broken = [row for row in rows if row.provider == "broken"]
     assert broken
     assert all(row.status == "failed" and "RuntimeError" in row.note and not row.figures for row in broken)
 
 
-def test_what_is_out_of_time_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    workloads = models_suite.workloads(CPU, None)[:1]
-    rows = list(models_suite.run(CPU, providers.select(None), workloads, seconds_limit=-1))
-    assert len(rows) == 8
+@pytest.mark.parametrize("workload", LAYERS, ids=lambda workload: workload.name)
+def test_layer_rows(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _measure(workload, *providers.select(None), monkeypatch=monkeypatch)
+    assert [row.shape for row in rows] == [[8, 24]] * 4 + [[40, 24]] * 4, "each of two providers, in both modes"
+    assert {row.provider for row in rows} == {EAGER, "fusedres"}, "there is no memory format to choose"
+    for row in rows:
+        assert row.status == "ok", row
+        assert {"outputs_l2", "evaluation_l2", "gradient of input_max"} < set(row.check)
+        assert not any("statistics" in name for name in row.check)
+        assert (row.figures["speedup"] == 1.0) or row.provider != EAGER
+
+
+@pytest.mark.parametrize("workload", LAYERS, ids=lambda workload: workload.name)
+@pytest.mark.parametrize("parameter", ["bias", "weight"])
+def test_a_layer_with_one_wrong_gradient_is_wrong(
+    workload: Workload, parameter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(model: nn.Module) -> nn.Module:
+        norm = next(m for m in model.modules() if isinstance(m, nn.LayerNorm))
+        getattr(norm, parameter).register_hook(lambda grad: 1.2 * grad)
+        return model
+
+    rows = _measure(workload, Provider("wrong", False, prepare), monkeypatch=monkeypatch)
+    assert {(row.provider, row.status) for row in rows} == {(EAGER, "ok"), ("wrong", "WRONG")}
+
+
+def test_signs_that_rounding_decides_do_not_count() -> None:
+    torch.manual_seed(0)
+    model = workloads.norm_linear_relu(16, 16).bfloat16()
+    x, cotangent = (torch.randn(64, 16, dtype=torch.bfloat16) for _ in range(2))
+    wanted = parity._without_ties(copy.deepcopy(model).double(), x, cotangent, torch.bfloat16)
+    z = model[1](model[0](x)) if isinstance(model, nn.Sequential) else x
+    assert 0 < (wanted == 0).sum() < 0.2 * wanted.numel()
+    assert z[wanted == 0].abs().max() < z[wanted != 0].abs().median()
+    assert torch.equal(wanted[wanted != 0], cotangent[wanted != 0])
+
+
+def test_what_is_out_of_time_is_said() -> None:
+    chosen = workloads.workloads("models", CPU, None)[:1]
+    rows = list(timing_suite.run("models", CPU, providers.select(None), chosen, seconds_limit=-1))
+    assert len(rows) == 8 == timing_suite.count(providers.select(None), chosen)
     assert {row.status for row in rows} == {"not measured"}
+
+
+@pytest.mark.parametrize("suite", workloads.SUITES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_workloads_fit_their_modules(suite: str, device: str) -> None:
+    for workload in workloads.workloads(suite, torch.device(device), "float32"):
+        with torch.device("meta"):
+            model, x = workload.build(), torch.empty(2, *workload.sample)
+        assert model(x).shape == (2, workload.outputs), workload
+        assert not workload.layer or sum(isinstance(m, nn.ReLU) for m in model.modules()) == 1
 
 
 def test_parity_sees_a_small_error() -> None:
     torch.manual_seed(0)
-    model = models_suite.residual_block()
+    model = workloads.residual_block()
     images, labels = [torch.randn(4, 64, 6, 6) for _ in range(2)], torch.tensor([1, 2, 3, 4])
     right = providers.instantiate(providers.PROVIDERS["fusedres"], model, CPU)
     wrong = providers.instantiate(providers.PROVIDERS["fusedres"], model, CPU)
@@ -109,6 +160,7 @@ def test_interleaving_takes_turns() -> None:
     ("arguments", "message"),
     [
         (["nonsense"], "invalid choice: 'nonsense'"),
+        (["mlp", "--dtype", "bfloat16"], "is not measured on cpu"),
         (["models", "--provider", "jax"], "unknown provider 'jax'"),
         (["models", "--dtype", "int8"], "unknown dtype 'int8'"),
         (["models", "--device", "tpu"], "unknown device 'tpu'"),
@@ -153,6 +205,28 @@ def test_report_rewrites_only_between_the_markers(tmp_path: Path) -> None:
     assert text.endswith(f"{report.END}\nbelow\n")
     assert "| not measured |" in text
     assert "old" not in text
+
+
+def test_rows_are_saved_as_they_come(tmp_path: Path) -> None:
+    rows = [Row("mlp", name, "training", EAGER, [4, 8], "float32", "contiguous") for name in "ab"]
+    path = tmp_path / "mlp.jsonl"
+    for count, _ in enumerate(results.recorded(path, rows), 1):
+        assert results.read(path) == rows[:count]
+
+
+@pytest.mark.parametrize("suite", workloads.SUITES)
+def test_plots_show_wins_and_losses(suite: str, tmp_path: Path) -> None:
+    figures = {"ms": 2.0, "ms_q1": 1.9, "ms_q3": 2.3, "speedup": 0.8}
+    environment: dict[str, str | None] = {"device": "a device"}
+    rows = [
+        Row(suite, "a", mode, name, [4, 8], "float32", "", status, dict(figures), environment=environment)
+        for mode, name, status in (
+            ("training", EAGER, "ok"), ("training", "fusedres", "OOM"), ("inference", "fusedres", "ok")
+        )
+    ]  # fmt: skip
+    results.write(tmp_path / "cpu" / f"{suite}.jsonl", rows)
+    report.draw(tmp_path)
+    assert (tmp_path / "cpu" / f"{suite}.png").stat().st_size > 1000
 
 
 def test_rows_survive_a_round_trip(tmp_path: Path) -> None:

@@ -114,14 +114,12 @@ def _timings(
 def _traffic(folder: Path) -> bool:
     total = len(traffic_suite.CASES) * len(traffic_suite.PHASES)
     rows = _collect("traffic", traffic_suite.run(), total)
-    rows.sort(key=lambda row: (-torch.Size(row.shape).numel(), row.layout != "channels-last", row.workload))
-    table = Table("shape", "layout", "workload", "phase", "launches", "passes", "budget", "ATen", "vectors", "check")
+    rows.sort(key=traffic_suite.position)
+    table = Table("function", "shape", "layout", "phase", "launches", "moved", "budget", "ATen", "vectors", "check")
     for row in rows:
-        figures = row.figures
         table.add_row(
-            "x".join(map(str, row.shape)), row.layout, row.workload, row.mode, f"{figures['launches']:.0f}",
-            f"{figures['passes']:.5g}", f"{figures['budget_passes']:.5g}", f"{figures['aten_passes']:.4g}",
-            f"{100 * (figures['vector_share'] or 0):.1f}%", row.status,
+            row.workload, "x".join(map(str, row.shape)), row.layout, row.mode, f"{row.figures['launches']:.0f}",
+            *report.moved(row), f"{100 * (row.figures['vector_share'] or 0):.1f}%", row.status,
         )  # fmt: skip
     path = folder / "traffic.jsonl"
     results.write(path, rows)

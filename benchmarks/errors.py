@@ -33,3 +33,11 @@ def errors(actual: Tensor, reference: Tensor) -> tuple[float, float]:
 def allowed(eager_error: float, dtype: torch.dtype) -> float:
     """Twice eager's error in the same dtype, plus 4 eps."""
     return 2 * eager_error + 4 * torch.finfo(dtype).eps
+
+
+def undecided(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a ReLU's input, in float64, is so near to zero that rounding to ``dtype`` decides on its sign.
+
+    Within 8 eps of its root mean square: the size of what a row of a product or a normalised row is summed up from.
+    """
+    return z.abs() <= 8 * torch.finfo(dtype).eps * z.square().mean().sqrt()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.errors import allowed, errors
+from benchmarks.errors import allowed, errors, undecided
 from benchmarks.providers import Instance
 from benchmarks.timing import autocast
 
@@ -67,7 +67,7 @@ def _without_ties(exact: nn.Module, x: Tensor, cotangent: Tensor, dtype: torch.d
     with torch.no_grad(), relu.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone())):
         exact(x.double())
     [z] = seen
-    return cotangent.masked_fill(z.abs() <= 8 * torch.finfo(dtype).eps * z.square().mean().sqrt(), 0)
+    return cotangent.masked_fill(undecided(z, dtype), 0)
 
 
 def _evaluate(

@@ -60,30 +60,35 @@ def _case(row: Row) -> str:
 
 
 def traffic(rows: Sequence[Row], path: Path) -> None:
-    """Passes over an activation, measured beside the budget."""
-    groups = list(dict.fromkeys((tuple(row.shape), row.layout) for row in rows))
+    """Passes over an activation, or bytes where there are products, measured beside the budget."""
     workloads, phases = (list(dict.fromkeys(names)) for names in ([r.workload for r in rows], [r.mode for r in rows]))
-    figure, panels = plt.subplots(
-        len(workloads),
-        len(phases),
-        figsize=(9, 0.8 + 1.9 * len(workloads)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
+    size = (9, 0.8 + 2 * len(workloads))
+    figure, grid = plt.subplots(
+        len(workloads), len(phases), figsize=size, sharex="row", sharey="row", squeeze=False, layout="constrained"
     )
-    for row in rows:
-        panel = panels[workloads.index(row.workload)][phases.index(row.mode)]
-        place = groups.index((tuple(row.shape), row.layout))
-        total, budget = _number(row, "passes") + _number(row, "aten_passes"), _number(row, "budget_passes")
-        panel.barh(place, total, color="#0072B2" if row.status == "ok" else "#D55E00")
-        panel.plot([budget, budget], [place - 0.5, place + 0.5], color="black", linestyle="--", linewidth=1)
-        panel.set_title(f"{row.workload}, {row.mode}", fontsize=9)
-        panel.set_xlim(0, 6.8)
-    panels[0][0].set_yticks(range(len(groups)), [f"{'x'.join(map(str, s))}, {layout}" for s, layout in groups])
-    panels[0][0].invert_yaxis()
-    figure.supxlabel("passes over one activation, reads and writes (dashed: budget)", fontsize=10)
+    for workload, panels in zip(workloads, grid, strict=True):
+        chosen = [row for row in rows if row.workload == workload]
+        groups = list(dict.fromkeys((tuple(row.shape), row.layout) for row in chosen))
+        for row in chosen:
+            panel = panels[phases.index(row.mode)]
+            place = groups.index((tuple(row.shape), row.layout))
+            total, budget, unit = _moved(row)
+            panel.barh(place, total, color="#0072B2" if row.status == "ok" else "#D55E00")
+            panel.plot([budget, budget], [place - 0.5, place + 0.5], color="black", linestyle="--", linewidth=1)
+            panel.set_title(f"{workload}, {row.mode}", fontsize=9)
+            panel.set_xlabel(unit, fontsize=9)
+        panels[0].set_yticks(range(len(groups)), [f"{'x'.join(map(str, s))}, {layout}" for s, layout in groups])
+        panels[0].invert_yaxis()
+    figure.supxlabel("reads and writes, of kernels and of ATen operators (dashed: budget)", fontsize=10)
     _save(figure, path)
+
+
+def _moved(row: Row) -> tuple[float, float, str]:
+    """What was moved and what may be, and the unit of both."""
+    if "passes" in row.figures:
+        return _number(row, "passes") + _number(row, "aten_passes"), _number(row, "budget_passes"), "passes"
+    total = _number(row, "distinct_bytes") + _number(row, "aten_bytes")
+    return total / 2**20, (_number(row, "budget_bytes") + _number(row, "aten_budget_bytes")) / 2**20, "MiB"
 
 
 def curves(losses: dict[str, list[float]], path: Path) -> None:

@@ -88,12 +88,12 @@ def _traffic(folder: Path) -> str:
     for row in rows:
         cases.setdefault((row.workload, "×".join(map(str, row.shape)), row.layout), {})[row.mode] = row
     phases = list(dict.fromkeys(row.mode for row in rows))
-    header = ["function", "shape", "layout", *phases, "launches", "ATen passes", "vectors", "check"]
+    header = ["function", "shape", "layout", *phases, "launches", "ATen", "vectors", "check"]
     cells = [
         [
-            *case, *(f"{_number(row, 'passes', '.5g')} of {_number(row, 'budget_passes', '.5g')}" for row in found),
+            *case, *(" of ".join(moved(row)[:2]) for row in found),
             " + ".join(f"{row.figures['launches']:.0f}" for row in found),
-            " + ".join(f"{row.figures['aten_passes']:.4g}" for row in found),
+            " + ".join(moved(row)[2] for row in found),
             _percent(max(row.figures.get("vector_share") or 0.0 for row in found)),
             ", ".join(dict.fromkeys(row.status for row in found)),
         ]
@@ -102,12 +102,23 @@ def _traffic(folder: Path) -> str:
     ]  # fmt: skip
     return (
         "### Memory traffic\n\n"
-        "Bytes that the kernels issue, counted exactly in Triton's interpreter, in passes over one activation\n"
-        f"({rows[0].dtype}; one pass reads or writes it once), and the budget; launches and ATen passes (work done\n"
-        "beside the kernels) in the order of the columns. `vectors`: the largest share of per-channel vectors and\n"
-        "partial sums. These are byte counts, not times.\n"
-        f"{_where(rows[0])}\n\n{_table(header, cells)}\n{_image(folder / 'traffic.jsonl', 'passes and budget')}"
+        f"Bytes that the kernels move, counted exactly in Triton's interpreter ({rows[0].dtype}), and the budget;\n"
+        "launches, and what ATen operators move beside the kernels, in the order of the columns. Functions of\n"
+        "BatchNorm: issued bytes, in passes over one activation (one pass reads or writes it once). Functions with a\n"
+        "product, M×K×N of M rows: KiB, each byte once a tensor and launch, as operands come from a cache again;\n"
+        "ATen's are the products of the vendor library. `vectors`: the largest share of vectors and partial sums.\n"
+        "These are byte counts, not times.\n"
+        f"{_where(rows[0])}\n\n{_table(header, cells)}\n{_image(folder / 'traffic.jsonl', 'traffic and budget')}"
     )
+
+
+def moved(row: Row) -> tuple[str, str, str]:
+    """What kernels move, their budget and what ATen operators move: passes, or KiB where there are products."""
+    names, unit = ("passes", "budget_passes", "aten_passes"), 1
+    if "passes" not in row.figures:
+        names, unit = ("distinct_bytes", "budget_bytes", "aten_bytes"), 1024
+    total, budget, aten = (f"{(row.figures[name] or 0) / unit:.5g}" for name in names)
+    return total, budget, aten
 
 
 def _cpu(folder: Path) -> str:

@@ -7,7 +7,7 @@ environment before triton is imported, and tensors are on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,12 +102,14 @@ class TrafficMeter:
     Args:
         activation: the tensor whose bytes are one pass. Floating tensors of at least half its elements count as
             activations, integer ones of at least one bit an element as masks, all others as per-channel vectors.
+        sizes: numbers of elements; floating tensors that have one of them count as activations, all else as vectors.
 
     Raises:
         RuntimeError: on entry, when triton does not interpret.
     """
 
-    def __init__(self, activation: Tensor) -> None:
+    def __init__(self, activation: Tensor, sizes: Collection[int] = ()) -> None:
+        self.sizes = sizes
         self.numel = activation.numel()
         self.nbytes = activation.numel() * activation.element_size()
         self.launches: list[Launch] = []
@@ -139,14 +141,19 @@ class TrafficMeter:
         self._stack.close()
 
     @property
-    def passes(self) -> float:
-        """Activation and mask bytes that kernels issue, over the bytes of one activation."""
-        return sum(launch.bytes(ACTIVATION, MASK) for launch in self.launches) / self.nbytes
+    def issued_bytes(self) -> int:
+        """Activation and mask bytes that kernels issue."""
+        return sum(launch.bytes(ACTIVATION, MASK) for launch in self.launches)
 
     @property
-    def distinct_passes(self) -> float:
+    def distinct_bytes(self) -> int:
         """The same with every byte counted once a tensor, a launch and a direction."""
-        return sum(launch.bytes(ACTIVATION, MASK, distinct=True) for launch in self.launches) / self.nbytes
+        return sum(launch.bytes(ACTIVATION, MASK, distinct=True) for launch in self.launches)
+
+    @property
+    def aten_bytes(self) -> int:
+        """Activation-sized bytes read and written by ATen operators."""
+        return sum(call.bytes for call in self.aten)
 
     @property
     def vector_bytes(self) -> int:
@@ -158,12 +165,22 @@ class TrafficMeter:
         return sum(launch.stray for launch in self.launches)
 
     @property
+    def passes(self) -> float:
+        """``issued_bytes`` over the bytes of one activation, as are the next two."""
+        return self.issued_bytes / self.nbytes
+
+    @property
+    def distinct_passes(self) -> float:
+        return self.distinct_bytes / self.nbytes
+
+    @property
     def aten_passes(self) -> float:
-        """Activation-sized bytes read and written by ATen operators, over the bytes of one activation."""
-        return sum(call.bytes for call in self.aten) / self.nbytes
+        return self.aten_bytes / self.nbytes
 
     def kind(self, tensor: Tensor) -> str:
         """``activation``, ``mask`` or ``vector``."""
+        if self.sizes:
+            return ACTIVATION if tensor.is_floating_point() and tensor.numel() in self.sizes else VECTOR
         if tensor.is_floating_point():
             return ACTIVATION if 2 * tensor.numel() >= self.numel else VECTOR
         return MASK if 8 * tensor.numel() * tensor.element_size() >= self.numel else VECTOR

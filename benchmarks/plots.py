@@ -62,7 +62,7 @@ def _case(row: Row) -> str:
 def traffic(rows: Sequence[Row], path: Path) -> None:
     """Passes over an activation, or bytes where there are products, measured beside the budget."""
     workloads, phases = (list(dict.fromkeys(names)) for names in ([r.workload for r in rows], [r.mode for r in rows]))
-    size = (9, 0.8 + 2 * len(workloads))
+    size = (12, 0.8 + 2 * len(workloads))
     figure, grid = plt.subplots(
         len(workloads), len(phases), figsize=size, sharex="row", sharey="row", squeeze=False, layout="constrained"
     )

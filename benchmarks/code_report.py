@@ -137,27 +137,43 @@ LINEAR_SHAPES = (
 )
 
 
-def layer_norm_linear_launches(M: int, N: int, K: int, dtype: torch.dtype, *, tf32: bool, training: bool):
-    """The launches of LayerNorm, Linear and ReLU, forward and backward, without the vendor's products."""
+def layer_norm_linear_launches(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    *,
+    tf32: bool,
+    training: bool,
+    input_dtype: torch.dtype | None = None,
+) -> list[Launch]:
+    """The launches of LayerNorm, Linear and ReLU, forward and backward, without the vendor's products.
+
+    ``input_dtype`` is float32 under autocast.
+    """
     from fusedres.kernels import tiling
     from fusedres.kernels.layer_norm import ColumnSums, layer_norm_bwd, layer_norm_fwd
     from fusedres.kernels.layer_norm_linear import layer_norm_linear_fwd, relu_bias_bwd
 
-    x, y, weight = (torch.empty(shape, dtype=dtype) for shape in ((M, K), (M, N), (N, K)))
+    x, normalised = torch.empty(M, K, dtype=input_dtype or dtype), torch.empty(M, K, dtype=dtype)
+    y, weight = torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
     bias, vector, stats = torch.empty(N, dtype=dtype), torch.empty(K), torch.empty(2, M) if training else None
     with recorded_launches() as launches:
-        if tiling.fuses_layer_norm_linear(M, N, K, dtype.itemsize, tf32):
-            config = tiling.layer_norm_linear(M, N, K, dtype.itemsize, tf32, SMS)
+        tensor_cores = dtype.itemsize == 2 or tf32
+        if tiling.fuses_layer_norm_linear(M, N, K, tensor_cores):
+            config = tiling.layer_norm_linear(M, N, K, x.itemsize, dtype.itemsize, tensor_cores, SMS)
             layer_norm_linear_fwd(x, vector, vector, weight, bias, stats, config, 1e-5, "relu", tf32, y)
         else:
-            layer_norm_fwd(x, None, vector, vector, stats, 1e-5, None, x)
+            layer_norm_fwd(x, None, vector, vector, stats, 1e-5, None, normalised)
         if stats is not None:
             relu_bias_bwd(y, y, y, bias)
-            layer_norm_bwd(x, x, stats, vector, vector, None, x, x, ColumnSums(vector, vector, None))
+            layer_norm_bwd(normalised, x, stats, vector, vector, None, x, normalised, ColumnSums(vector, vector, None))
     return launches
 
 
-def linear_layer_norm_launches(M: int, N: int, K: int, dtype: torch.dtype, *, tf32: bool, training: bool):
+def linear_layer_norm_launches(
+    M: int, N: int, K: int, dtype: torch.dtype, *, tf32: bool, training: bool
+) -> list[Launch]:
     """The launches of Linear, LayerNorm, ReLU and the skip, forward and backward, without the vendor's products."""
     from fusedres.kernels import tiling
     from fusedres.kernels.layer_norm import ColumnSums, layer_norm_bwd, layer_norm_fwd
@@ -167,7 +183,7 @@ def linear_layer_norm_launches(M: int, N: int, K: int, dtype: torch.dtype, *, tf
     bias, vector, stats = torch.empty(N, dtype=dtype), torch.empty(N), torch.empty(2, M) if training else None
     product = y if training else None
     with recorded_launches() as launches:
-        if tiling.fuses_linear_layer_norm(M, N, K, dtype.itemsize, tf32, SMS):
+        if tiling.fuses_linear_layer_norm(M, N, K, dtype.itemsize, dtype.itemsize == 2 or tf32, SMS):
             config = tiling.linear_layer_norm(M, N, K, dtype.itemsize, SMS)
             linear_layer_norm_fwd(x, weight, bias, vector, vector, y, product, stats, config, 1e-5, "relu", tf32, y)
         else:
@@ -181,7 +197,10 @@ def linear_layer_norm_launches(M: int, N: int, K: int, dtype: torch.dtype, *, tf
 def report(arch: str, dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]:
     """One row for every distinct launch on ``arch``."""
     seen = set()
-    for dtype, layout, launches in _layers(dtypes):
+    warp_size = TARGETS[arch].warp_size
+    with mock.patch("fusedres.kernels.layer_norm.warp_size", lambda device: warp_size):
+        layers = list(_layers(dtypes))
+    for dtype, layout, launches in layers:
         for launch in launches:
             if launch in seen:
                 continue
@@ -193,7 +212,7 @@ def report(arch: str, dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]
                 "dtype": str(dtype).removeprefix("torch."),
                 "layout": layout,
                 "align": min((value for name, value in constants.items() if name.startswith("ALIGN")), default=1),
-                "threads": launch.num_warps * TARGETS[arch].warp_size,
+                "threads": launch.num_warps * warp_size,
                 "tile": math.prod(constants.get(name, 1) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C")),
                 "precision": constants.get("PRECISION"),
                 "tensors": {name: kind for name, kind in launch.signature if kind.startswith("*")},
@@ -211,6 +230,12 @@ def _layers(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[torch.dtype, str, l
         for layer in (layer_norm_linear_launches, linear_layer_norm_launches):
             for tf32 in (True, False) if dtype == torch.float32 else (False,):
                 yield dtype, "rows", layer(M, N, K, dtype, tf32=tf32, training=training)
+        if dtype != torch.float32:
+            yield (
+                dtype,
+                "rows",
+                layer_norm_linear_launches(M, N, K, dtype, tf32=False, training=training, input_dtype=torch.float32),
+            )
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def compile_launch(launch: Launch, arch: str) -> Code:
         attrs,  # pyright: ignore[reportArgumentType]
     )
     target = TARGETS[arch]
-    options = {"num_warps": min(launch.num_warps, 1024 // target.warp_size), "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=target, options=options)
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     return read(compiled)

@@ -113,9 +113,7 @@ def add_batch_norm_act(
             input, residual, running_mean, running_var, weight, bias, training, momentum, eps,
             act=act, num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
-    save_for_backward = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (input, residual, weight, bias)
-    )
+    save_for_backward = _needs_grad(input, residual, weight, bias)
     if training:
         return torch.ops.fusedres.add_batch_norm_act(
             input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, act,
@@ -160,9 +158,7 @@ def layer_norm_linear_act(
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
     """
     _check_linear(input, weight, bias, act)
-    for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
-        if tensor is not None:
-            _check_vector(name, tensor, weight.shape[1], input)
+    _check_layer_norm(ln_weight, ln_bias, weight.shape[1], input)
     reason = layer_norm_refusal(weight.shape[1])
     if not use_kernels(input, weight, bias, ln_weight, ln_bias, reason=reason):
         return reference.layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
@@ -206,9 +202,7 @@ def linear_layer_norm_act(
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
     """
     _check_linear(input, weight, bias, act)
-    for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
-        if tensor is not None:
-            _check_vector(name, tensor, weight.shape[0], input)
+    _check_layer_norm(ln_weight, ln_bias, weight.shape[0], input)
     if residual is not None:
         _check_residual(residual, input, torch.Size((*input.shape[:-1], weight.shape[0])))
     reason = layer_norm_refusal(weight.shape[0])
@@ -297,9 +291,18 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, act: str |
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-        if bias.dtype != weight.dtype:
+        if bias.dtype != weight.dtype and not (autocasts(input) and bias.is_floating_point()):
             raise TypeError(f"bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
         _check_device("bias", bias, input)
+
+
+def _check_layer_norm(ln_weight: Tensor | None, ln_bias: Tensor | None, size: int, input: Tensor) -> None:
+    for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+        if tensor is not None:
+            autocast = autocasts(input) and tensor.is_floating_point()
+            _check_vector(name, tensor, size, input, tensor.dtype if autocast else None)
+    if ln_weight is not None and ln_bias is not None and ln_weight.dtype != ln_bias.dtype:
+        raise TypeError(f"ln_bias must be of ln_weight's dtype {ln_weight.dtype}, got {ln_bias.dtype}")
 
 
 def autocasts(input: Tensor) -> bool:

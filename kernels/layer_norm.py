@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fusedres.kernels import tiling
 from fusedres.kernels._common import _load_vector, _normalise, _positive, _row_moments, _sum_partials, _sum_rows
-from fusedres.kernels.workspace import num_sms, on_device
+from fusedres.kernels.layout import alignment
+from fusedres.kernels.workspace import num_sms, on_device, warp_size
 
 
 class ColumnSums(NamedTuple):
@@ -36,11 +37,11 @@ def _layer_norm_fwd_kernel(
     EPS: tl.constexpr, RELU: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     N = N // ALIGN * ALIGN
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
-    offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    offsets = offs_m[:, None] * N + offs_n[None, :]
     z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     mean, rstd = _row_moments(z, mask_n, N, EPS)
     if stats_ptr is not None:
@@ -79,7 +80,8 @@ def _layer_norm_bwd_kernel(
         z = tl.load(z_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + offs_m, mask=offs_m < M, other=0.0)
         rstd = tl.load(stats_ptr + M + offs_m, mask=offs_m < M, other=0.0)
-        x_hat = (z - mean[:, None]) * rstd[:, None]
+        # Of columns that do not exist too: (0 − mean)·rstd may overflow.
+        x_hat = tl.where(mask_n[None, :], (z - mean[:, None]) * rstd[:, None], 0.0)
         if RELU or normalised_ptr is not None:
             normalised = _normalise(x_hat, gamma, beta)
         if normalised_ptr is not None:
@@ -130,12 +132,12 @@ def layer_norm_fwd(
 ) -> None:  # fmt: skip
     """Fill y [M, N] and, where given, ``stats``. Reads z and the residual, writes y; one launch."""
     M, N = z.shape
-    config = tiling.rows(M, N, z.itemsize, backward=False)
+    config = tiling.rows(M, N, z.itemsize, warp_size(z.device), backward=False)
     with on_device(z.device):
         _layer_norm_fwd_kernel[(tiling.cdiv(M, config.block_m),)](
             z, residual, weight, bias, stats, y,
             M, N,
-            EPS=eps, RELU=act == "relu", ALIGN=tiling.alignment(N), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            EPS=eps, RELU=act == "relu", ALIGN=alignment(N), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             num_warps=config.num_warps,
         )  # fmt: skip
 
@@ -151,7 +153,7 @@ def layer_norm_bwd(
     where there are sums.
     """
     M, N = z.shape
-    config = tiling.rows(M, N, z.itemsize, backward=True)
+    config = tiling.rows(M, N, z.itemsize, warp_size(z.device), backward=True)
     programs = tiling.row_programs(M, config, num_sms(z.device))
     wanted = any(tensor is not None for tensor in sums)
     partials = torch.empty((3, programs, N), dtype=torch.float32, device=z.device) if wanted else None
@@ -160,7 +162,7 @@ def layer_norm_bwd(
             dy, z, stats, weight, bias, dz, normalised, partials,
             M, N, programs,
             RELU=act == "relu", SUM_AFFINE=sums.weight is not None or sums.bias is not None,
-            SUM_DZ=sums.dz is not None, ALIGN=tiling.alignment(N), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            SUM_DZ=sums.dz is not None, ALIGN=alignment(N), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             num_warps=config.num_warps,
         )  # fmt: skip
         if wanted:

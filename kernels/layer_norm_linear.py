@@ -24,7 +24,7 @@ from fusedres.kernels._common import (
     _sum_partials,
     _sum_rows,
 )
-from fusedres.kernels.layout import Rows
+from fusedres.kernels.layout import Rows, alignment
 from fusedres.kernels.tiling import GemmTiling
 from fusedres.kernels.workspace import counters, num_sms, on_device
 
@@ -96,6 +96,8 @@ def _layer_norm_linear_fwd_kernel(
         gamma = _load_vector(ln_weight_ptr, k0 + offs_k, mask_k, 1.0)
         beta = _load_vector(ln_bias_ptr, k0 + offs_k, mask_k, 0.0)
         normalised = _normalise((x - mean[:, None]) * rstd[:, None], gamma, beta)
+        # Columns that do not exist: (0 − mean)·rstd may overflow, and infinity times 0 is NaN.
+        normalised = tl.where(mask_k[None, :], normalised, 0.0)
         total = _dot(normalised.to(w.dtype), w, total, PRECISION)
     y = total + _load_vector(bias_ptr, n0 + offs_n, mask_n, 0.0)[None, :]
     if RELU:
@@ -197,7 +199,7 @@ def layer_norm_linear_fwd(
             x, ln_weight, ln_bias, weight, bias, stats, y,
             M, N, K,
             EPS=eps, RELU=act == "relu", PRECISION="tf32" if tf32 else "ieee",
-            ALIGN_N=tiling.alignment(N), ALIGN_K=tiling.alignment(K),
+            ALIGN_N=alignment(N), ALIGN_K=alignment(K),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -218,7 +220,7 @@ def linear_layer_norm_fwd(
             x, weight, bias, ln_weight, ln_bias, residual, product, stats, y,
             M, N, K,
             EPS=eps, RELU=act == "relu", PRECISION="tf32" if tf32 else "ieee",
-            ALIGN_N=tiling.alignment(N), ALIGN_K=tiling.alignment(K),
+            ALIGN_N=alignment(N), ALIGN_K=alignment(K),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

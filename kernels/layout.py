@@ -19,13 +19,18 @@ class Rows(NamedTuple):
 
     @property
     def align(self) -> int:
-        """The largest power of two up to 16 that divides the contiguous extent: it bounds the vector width."""
-        return gcd(self.C if self.channels_last else self.S, 16)
+        """Of the contiguous extent, see :func:`alignment`."""
+        return alignment(self.C if self.channels_last else self.S)
 
     @property
     def mask_bytes(self) -> int:
         """Bytes of a 1-bit mask, eight rows to a byte."""
         return (self.M + 7) // 8 * self.C
+
+
+def alignment(length: int) -> int:
+    """The largest power of two up to 16 that divides the length of a row: it bounds the vector width."""
+    return gcd(length, 16)
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
 
-from fusedres.kernels.layout import Rows
+from fusedres.kernels.layout import Rows, alignment
 
 TILE_ELEMENTS = 4096  # 16 a thread at 8 warps in 16 bits: two 128-bit loads of every operand in flight
 ON_CHIP_ELEMENTS = 8192  # 16 a thread at 16 warps; with 32 the backward spilled on sm_100, the forward on gfx942
@@ -130,22 +129,20 @@ class RowTiling:
     num_warps: int
 
 
-def alignment(n: int) -> int:
-    """The largest power of two up to 16 that divides the length of a row: it bounds the vector width."""
-    return gcd(n, 16)
-
-
 def _wide_access(length: int, itemsize: int) -> bool:
     """Whether rows of so many elements begin at multiples of 16 bytes; else every element has an address of its own."""
     return alignment(length) * itemsize >= 16
 
 
-def rows(M: int, N: int, itemsize: int, *, backward: bool) -> RowTiling:
-    """For layer normalisation of M rows of N: 16 elements a thread, in the backward, with its three sums, 8."""
+def rows(M: int, N: int, itemsize: int, warp_size: int, *, backward: bool) -> RowTiling:
+    """For layer normalisation of M rows of N: 16 elements a thread, in the backward, with its three sums, 8.
+
+    Fewer where rows allow no wide access; more where a program would have more than 1024 threads.
+    """
     each = (8 if backward else 16) // (1 if _wide_access(N, itemsize) else 2)
     block_n = next_power_of_2(N)
     block_m = max(1, min(256 * each // block_n, next_power_of_2(M)))
-    return RowTiling(block_m, block_n, max(1, min(32, block_m * block_n // (32 * each))))
+    return RowTiling(block_m, block_n, max(1, min(1024 // warp_size, block_m * block_n // (32 * each))))
 
 
 def row_programs(M: int, config: RowTiling, num_sms: int) -> int:
@@ -164,20 +161,16 @@ class GemmTiling:
     num_stages: int
 
 
-def _tensor_cores(itemsize: int, tf32: bool) -> bool:
-    return itemsize == 2 or tf32
-
-
-def fuses_layer_norm_linear(M: int, N: int, K: int, itemsize: int, tf32: bool) -> bool:
+def fuses_layer_norm_linear(M: int, N: int, K: int, tensor_cores: bool) -> bool:
     """Whether one kernel normalises and multiplies; else a row kernel, then the vendor's product.
 
     An estimate, not timed: fusing saves a write and a read of x. Where N is large the vendor's better use of the
     tensor cores outweighs that, and so it does where few rows have long sums, which it splits.
     """
-    return N <= (1024 if _tensor_cores(itemsize, tf32) else 32) and (K <= 1024 or M >= 1024)
+    return N <= (1024 if tensor_cores else 32) and (K <= 1024 or M >= 1024)
 
 
-def fuses_linear_layer_norm(M: int, N: int, K: int, itemsize: int, tf32: bool, num_sms: int) -> bool:
+def fuses_linear_layer_norm(M: int, N: int, K: int, itemsize: int, tensor_cores: bool, num_sms: int) -> bool:
     """Whether one kernel multiplies and normalises; else the vendor's product, then a row kernel.
 
     A program holds whole rows of the product, and reads all of the weight from the L2 cache: an estimate, not timed,
@@ -185,14 +178,19 @@ def fuses_linear_layer_norm(M: int, N: int, K: int, itemsize: int, tf32: bool, n
     of them only, which is enough while every program has a multiprocessor of its own.
     """
     few = M <= 16 * num_sms and _wide_access(K, itemsize)
-    most = (512 if few else 256) if _tensor_cores(itemsize, tf32) else 64
+    most = (512 if few else 256) if tensor_cores else 64
     return N <= most and (K <= 1024 or M >= 4096)
 
 
-def layer_norm_linear(M: int, N: int, K: int, itemsize: int, tf32: bool, num_sms: int) -> GemmTiling:
-    """For the product with a normalising prologue: smaller tiles where there would not be one for every SM."""
-    wide = _wide_access(K, itemsize)
-    block_m = 128 if _tensor_cores(itemsize, tf32) else 32
+def layer_norm_linear(
+    M: int, N: int, K: int, itemsize: int, weight_itemsize: int, tensor_cores: bool, num_sms: int
+) -> GemmTiling:
+    """For the product with a normalising prologue: smaller tiles where there would not be one for every SM.
+
+    Under autocast an item of x has 4 bytes, and one of the weight 2.
+    """
+    wide = _wide_access(K, weight_itemsize)
+    block_m = 128 if tensor_cores else 32
     block_n = max(16, min(128 if wide else 64, next_power_of_2(N)))
     while block_m > 16 and cdiv(M, block_m) * cdiv(N, block_n) < num_sms:
         block_m //= 2

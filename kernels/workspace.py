@@ -56,6 +56,12 @@ def num_sms(device: torch.device) -> int:
     return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp: 64 on AMD's accelerators, 32 elsewhere."""
+    return 64 if device.type != "cpu" and torch.version.hip else 32
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes ``device`` current for a launch; Triton launches on the current one."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():

@@ -187,7 +187,9 @@ def gradients_of(device, inputs, training: bool, used: set[str], needed: set[str
         act="relu",
     )  # fmt: skip
     grads = {"sum": (total, given.grad_sum), "out": (out, given.grad)}
-    torch.autograd.backward(*zip(*(grads[name] for name in used), strict=True))
+    # The identity path needs a gradient where a term of it does, and not for the normalisation's sake.
+    assert total.requires_grad == bool(needed & {"input", "residual"})
+    torch.autograd.backward(*zip(*(grads[name] for name in used if grads[name][0].requires_grad), strict=True))
     for name, leaf in leaves.items():
         assert leaf.grad is None or name in needed, name
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

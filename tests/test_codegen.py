@@ -66,6 +66,7 @@ def test_generated_code(arch):
 
 def _check_resources(row: dict[str, Any]) -> None:
     assert row["spill_bytes"] == 0, row
+    assert row["threads"] <= 1024, row
     assert row["shared_bytes"] <= 1024 * SHARED_KIB[row["arch"]], row
     if row["kernel"] in PRODUCTS:
         assert row["matrix"] > 0 or (row["precision"] == "ieee" and row["dtype"] == "float32"), row

@@ -146,6 +146,7 @@ def linear_arguments(order: str, **changes):
         ({"ln_weight": torch.ones(7)}, ValueError, r"ln_weight must have shape .*\(7,\)"),
         ({"ln_bias": torch.ones(1, 3)}, ValueError, r"ln_bias must have shape .*\(1, 3\)"),
         ({"ln_bias": torch.ones(3, dtype=torch.float64)}, (TypeError, ValueError), "ln_bias"),
+        ({"ln_weight": None, "ln_bias": torch.ones(5)}, ValueError, "ln_bias must have shape"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )

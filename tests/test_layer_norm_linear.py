@@ -155,6 +155,25 @@ def test_large_mean(device, order, features, dtype):
     check_linear(order, inputs, device, None)
 
 
+@pytest.mark.parametrize("value", [0.0, 300.0, 60000.0])
+@pytest.mark.parametrize("affine", [True, False])
+@both_orders
+@both_paths
+def test_constant_rows(device, order, features, affine, value):
+    """rstd is at its largest; columns that only the tile has must not come in."""
+    inputs = linear_inputs(order, (6,), features, torch.float16, affine=affine)
+    if order == LN_LINEAR:
+        inputs.input.fill_(value)
+    else:
+        inputs.weight.zero_()
+        assert inputs.bias is not None
+        inputs.bias.fill_(value)
+    actual = run_linear(functional, order, inputs.map(lambda t: t.to(device)), None)
+    exact = run_linear(reference, order, inputs.map(to_double), None)
+    torch.testing.assert_close(actual["out"].double().cpu(), exact["out"], rtol=4e-3, atol=4e-3)
+    assert all(tensor.isfinite().all() for tensor in actual.values())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @both_orders
 @both_paths
@@ -345,3 +364,16 @@ def test_autocast(device, order, features, input_dtype, residual_dtype):
     assert {name: t.dtype for name, t in actual.items()} == {name: t.dtype for name, t in eager.items()}
     products = [{name: t.bfloat16() for name, t in tensors.items()} for tensors in (actual, eager)]
     assert_as_good_as_eager(products[0], products[1:], exact)
+
+
+@both_orders
+def test_autocast_of_sixteen_bit_parameters(device, order):
+    """A model in bfloat16 that is given float32 under autocast, and a bias of another dtype than its weight's."""
+    inputs = linear_inputs(order, (9,), (40, 52), torch.float32)
+    given = inputs.map(lambda t: t.to(device, torch.bfloat16))
+    given.input, given.weight = inputs.input.to(device), inputs.weight.to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual, eager = (run_linear(module, order, given, None) for module in (functional, reference))
+    for name, tensor in actual.items():
+        assert tensor.dtype == eager[name].dtype, name
+    torch.testing.assert_close(actual["out"], eager["out"], rtol=0.05, atol=0.05)

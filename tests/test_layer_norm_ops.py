@@ -82,6 +82,17 @@ def test_saved_for_backward(device, order, features):
     assert t.input.data_ptr() in saved
 
 
+def test_frozen_linear_saves_no_input(device):
+    t = leaves(LINEAR_LN, device)
+    t.weight.requires_grad_(False)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        out = call(LINEAR_LN, t)
+    assert t.input.data_ptr() not in saved
+    out.sum().backward()
+    assert t.input.grad.isfinite().all() and t.weight.grad is None
+
+
 def call(order: str, t: LinearInputs) -> Tensor:
     if order == LN_LINEAR:
         return layer_norm_linear_act(t.input, t.ln_weight, t.ln_bias, t.weight, t.bias, act="relu")

@@ -59,3 +59,32 @@ def test_known_shapes():
     """ResNet's first stage needs two launches, its last at a small batch one."""
     assert tiling.on_chip(Rows(8 * 56 * 56, 64, 56 * 56, True), 2) is None
     assert tiling.on_chip(Rows(8 * 7 * 7, 2048, 7 * 7, True), 2) is not None
+
+
+@given(
+    st.integers(1, 1 << 31), st.integers(1, tiling.MAX_LAYER_NORM), itemsizes, st.sampled_from([32, 64]), st.booleans()
+)  # fmt: skip
+def test_rows(M, N, itemsize, warp_size, backward):
+    config = tiling.rows(M, N, itemsize, warp_size, backward=backward)
+    assert config.block_n >= N
+    assert config.block_m >= 1
+    assert config.num_warps * warp_size <= 1024
+    programs = tiling.row_programs(M, config, 132)
+    assert 1 <= programs <= 264
+    assert M < 10_000 or programs * 96 <= M
+
+
+@given(
+    st.integers(1, 1 << 31), st.integers(1, 8192), st.integers(1, 8192), itemsizes, itemsizes, st.booleans()
+)  # fmt: skip
+def test_products(M, N, K, itemsize, weight_itemsize, tensor_cores):
+    config = tiling.layer_norm_linear(M, N, K, itemsize, weight_itemsize, tensor_cores, 132)
+    assert min(config.block_m, config.block_n, config.block_k) >= 16  # the least that tl.dot takes
+    assert config.num_warps in (4, 8)
+    # The tiles of x that are on their way fit the 99 KB of sm_89, with those of the weight.
+    stage = config.block_k * (config.block_m * itemsize + config.block_n * weight_itemsize)
+    assert stage * (config.num_stages - 1) <= 99 * 1024
+    if tiling.fuses_linear_layer_norm(M, N, K, itemsize, tensor_cores, 132):
+        config = tiling.linear_layer_norm(M, N, K, itemsize, 132)
+        assert config.block_n >= N
+        assert min(config.block_m, config.block_k) >= 16

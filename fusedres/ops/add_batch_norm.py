@@ -122,7 +122,9 @@ class _AddBatchNormAct(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             s, out, stats = operator(input, residual, weight, bias, *args)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats)
+        # As a sum of terms that need no gradient, s needs none, whatever the parameters of its normalisation need.
+        needs_s = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.mark_non_differentiable(*((stats,) if needs_s else (s, stats)))
         ctx.save_for_backward(s, stats)
         ctx.act = args[-2]
         ctx.frozen = operator is torch.ops.fusedres.add_batch_norm_act_inference.default

@@ -6,6 +6,7 @@ vendor library multiplies faster than a fused kernel is in :mod:`fusedres.kernel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,13 +40,16 @@ def _layer_norm_linear_act(
     out = weight.new_empty((*input.shape[:-1], N))
     stats = x.new_empty((2, M) if save_for_backward else 0, dtype=torch.float32)
     saved = stats if save_for_backward else None
-    if tiling.fuses_layer_norm_linear(M, N, K, weight.itemsize, tf32):
-        config = tiling.layer_norm_linear(M, N, K, weight.itemsize, tf32, num_sms(x.device))
+    tensor_cores = weight.itemsize == 2 or tf32
+    if tiling.fuses_layer_norm_linear(M, N, K, tensor_cores):
+        config = tiling.layer_norm_linear(M, N, K, x.itemsize, weight.itemsize, tensor_cores, num_sms(x.device))
         layer_norm_linear_fwd(x, ln_weight, ln_bias, weight, bias, saved, config, eps, act, tf32, _rows(out))
     else:
         normalised = torch.empty_like(x, dtype=weight.dtype)
         layer_norm_fwd(x, None, ln_weight, ln_bias, saved, eps, None, normalised)
-        _linear(normalised, weight, bias, act, _rows(out))
+        _linear(normalised, weight, bias, _rows(out))
+        if act == "relu":
+            torch.relu_(out)  # the vendor's epilogue does not promise to keep NaN
     return out, stats
 
 
@@ -63,7 +67,7 @@ def _layer_norm_linear_act_backward(
     from fusedres.kernels.layer_norm_linear import relu_bias_bwd
 
     x, dy = _rows(input), _rows(grad)
-    gradients = _gradients(input, ln_weight, ln_bias, weight, needs)
+    gradients = _gradients(input.shape, input.dtype, ln_weight, ln_bias, weight, needs)
     dx, d_ln_weight, d_ln_bias, d_weight, d_bias = (t if t.numel() else None for t in gradients)
     g = dy if out is None else torch.empty_like(dy)
     if out is not None or d_bias is not None:
@@ -104,7 +108,7 @@ def _linear_layer_norm_act(
     stats = x.new_empty((2, M) if save_for_backward else 0, dtype=torch.float32)
     saved = stats if save_for_backward else None
     sms = num_sms(x.device)
-    if tiling.fuses_linear_layer_norm(M, N, K, x.itemsize, tf32, sms):
+    if tiling.fuses_linear_layer_norm(M, N, K, x.itemsize, x.itemsize == 2 or tf32, sms):
         product = x.new_empty((M, N) if save_for_backward else 0)
         config = tiling.linear_layer_norm(M, N, K, x.itemsize, sms)
         linear_layer_norm_fwd(
@@ -113,7 +117,7 @@ def _linear_layer_norm_act(
         )  # fmt: skip
     else:
         product = x.new_empty((M, N))
-        _linear(x, weight, bias, None, product)
+        _linear(x, weight, bias, product)
         layer_norm_fwd(product, residual, ln_weight, ln_bias, saved, eps, act, _rows(out))
         product = product if save_for_backward else x.new_empty(0)
     return out, product, stats
@@ -121,7 +125,7 @@ def _linear_layer_norm_act(
 
 def _linear_layer_norm_act_backward(
     grad: Tensor,
-    input: Tensor,
+    input: Tensor | None,
     weight: Tensor,
     product: Tensor,
     stats: Tensor,
@@ -132,8 +136,9 @@ def _linear_layer_norm_act_backward(
 ) -> Gradients:
     from fusedres.kernels.layer_norm import ColumnSums, layer_norm_bwd
 
-    x, dy = _rows(input), _rows(grad)
-    gradients = _gradients(input, ln_weight, ln_bias, weight, needs)
+    dy = _rows(grad)
+    shape = (*grad.shape[:-1], weight.shape[1])
+    gradients = _gradients(shape, weight.dtype, ln_weight, ln_bias, weight, needs)
     dx, d_ln_weight, d_ln_bias, d_weight, d_bias = (t if t.numel() else None for t in gradients)
     dz = None if dx is None and d_weight is None and d_bias is None else torch.empty_like(product)
     summed = product.shape[1] <= tiling.MAX_SUMMED
@@ -144,23 +149,19 @@ def _linear_layer_norm_act_backward(
     if dz is not None:
         if dx is not None:
             torch.mm(dz, weight, out=_rows(dx))
-        if d_weight is not None:
-            torch.mm(dz.t(), x, out=d_weight)
+        if d_weight is not None and input is not None:
+            torch.mm(dz.t(), _rows(input), out=d_weight)
         if d_bias is not None and not summed:
             torch.sum(dz, 0, out=d_bias)
     return gradients
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, out: Tensor) -> None:
-    """The vendor's product, with the ReLU in its epilogue where it has one."""
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """The vendor's product."""
     if bias is None:
         torch.mm(x, weight.t(), out=out)
-    elif act == "relu":
-        torch.ops.aten._addmm_activation.out(bias, x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
-    if bias is None and act == "relu":
-        torch.relu_(out)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -169,9 +170,14 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _gradients(
-    input: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, weight: Tensor, needs: list[bool]
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    weight: Tensor,
+    needs: list[bool],
 ) -> Gradients:
-    """Uninitialised gradients of input, ln_weight, ln_bias, weight and bias; those not asked for are empty."""
+    """Uninitialised gradients of an input of ``shape``, ln_weight, ln_bias, weight and bias; empty if not needed."""
     needs_input, needs_ln_weight, needs_ln_bias, needs_weight, needs_bias = needs
 
     def like(tensor: Tensor | None, shape: Any, needed: bool) -> Tensor:
@@ -179,7 +185,7 @@ def _gradients(
         return tensor.new_empty(shape if needed else 0)
 
     return (
-        like(input, input.shape, needs_input),
+        weight.new_empty(shape if needs_input else 0, dtype=dtype),
         like(ln_weight, None if ln_weight is None else ln_weight.shape, needs_ln_weight),
         like(ln_bias, None if ln_bias is None else ln_bias.shape, needs_ln_bias),
         like(weight, weight.shape, needs_weight),
@@ -196,7 +202,7 @@ def _fake_layer_norm_linear_act(input: Tensor, ln_weight: Any, ln_bias: Any, wei
 def _fake_layer_norm_linear_act_backward(
     grad: Tensor, input: Tensor, out: Any, stats: Any, ln_weight: Any, ln_bias: Any, weight: Tensor, needs: list[bool]
 ) -> Gradients:
-    return _gradients(input, ln_weight, ln_bias, weight, needs)
+    return _gradients(input.shape, input.dtype, ln_weight, ln_bias, weight, needs)
 
 
 def _fake_linear_layer_norm_act(
@@ -213,10 +219,10 @@ def _fake_linear_layer_norm_act(
 
 
 def _fake_linear_layer_norm_act_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, product: Any, stats: Any, ln_weight: Any, ln_bias: Any, act: Any,
+    grad: Tensor, input: Any, weight: Tensor, product: Any, stats: Any, ln_weight: Any, ln_bias: Any, act: Any,
     needs: list[bool],
 ) -> Gradients:  # fmt: skip
-    return _gradients(input, ln_weight, ln_bias, weight, needs)
+    return _gradients((*grad.shape[:-1], weight.shape[1]), weight.dtype, ln_weight, ln_bias, weight, needs)
 
 
 class _LayerNormLinearAct(torch.autograd.Function):
@@ -250,7 +256,8 @@ class _LinearLayerNormAct(torch.autograd.Function):
         input, weight, _, ln_weight, ln_bias, residual, _, _, act, *_ = args
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(product, stats)
-        ctx.save_for_backward(input, weight, product, stats, ln_weight, ln_bias)
+        # A frozen weight needs no input, as in eager.
+        ctx.save_for_backward(input if ctx.needs_input_grad[2] else None, weight, product, stats, ln_weight, ln_bias)
         ctx.act, ctx.residual_dtype = act, None if residual is None else residual.dtype
         return out, product, stats
 
@@ -302,7 +309,7 @@ register(
     _LinearLayerNormAct,
 )
 register(
-    "linear_layer_norm_act_backward(Tensor grad, Tensor input, Tensor weight, Tensor product, Tensor stats, "
+    "linear_layer_norm_act_backward(Tensor grad, Tensor? input, Tensor weight, Tensor product, Tensor stats, "
     "Tensor? ln_weight, Tensor? ln_bias, str? act, bool[5] needs) -> (Tensor grad_input, Tensor grad_ln_weight, "
     "Tensor grad_ln_bias, Tensor grad_weight, Tensor grad_bias)",
     _linear_layer_norm_act_backward,

@@ -77,14 +77,15 @@ def _layer_norm_bwd_kernel(
         mask = (offs_m < M)[:, None] & mask_n[None, :]
         base = row0 * N  # the offsets from it fit 32 bits, which halves their registers
         offsets = tl.arange(0, BLOCK_M)[:, None] * N + offs_n[None, :]
-        z = tl.load(z_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + offs_m, mask=offs_m < M, other=0.0)
         rstd = tl.load(stats_ptr + M + offs_m, mask=offs_m < M, other=0.0)
-        # Of columns that do not exist too: (0 − mean)·rstd may overflow.
-        x_hat = tl.where(mask_n[None, :], (z - mean[:, None]) * rstd[:, None], 0.0)
+        z = tl.load(z_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        x_hat = (z - mean[:, None]) * rstd[:, None]
         if RELU or normalised_ptr is not None:
             normalised = _normalise(x_hat, gamma, beta)
         if normalised_ptr is not None:
+            if BLOCK_N > 4096:  # no registers to keep it in
+                normalised = _normalise(x_hat, gamma, _load_vector(bias_ptr, offs_n, mask_n, 0.0))
             tl.store(normalised_ptr + base + offsets, normalised.to(normalised_ptr.dtype.element_ty), mask=mask)
         if dy_ptr is not None:
             g = tl.load(dy_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)

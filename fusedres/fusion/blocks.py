@@ -35,9 +35,9 @@ def forward(self, {parameters}):
     return {call}
 """
 _OPERANDS = """
-def _fusedres_operands(self, {input}, residual):
+def _fusedres_operands(self, {input}, _fusedres_residual):
     if {changed}:
-        return self.forward(_total({input}, residual)), None
+        return self.forward(_total({input}, _fusedres_residual)), None
     return {call}
 """
 
@@ -46,10 +46,10 @@ def _fusedres_operands(self, {input}, residual):
 class Code:
     """A rewritten forward: its text and what the names in it stand for, in a form that compares and pickles.
 
-    ``names`` holds functions by reference and Python modules by name; ``norms`` (of batches), ``acts``, ``linears`` and
-    ``layer_norms`` are the paths of the folded modules, ``guests`` of those that are called with a sum, ``children`` is
-    the number of the block's children and ``attributes`` are the names of its own plain attributes, and of those that
-    its forward looked for in vain. ``chain`` is how the block passes pairs on.
+    ``names`` holds functions by reference and Python modules by name; ``norms`` (of batches), ``acts``, ``linears``,
+    ``layer_norms`` and ``identities`` are the paths of the folded modules, ``guests`` of those that are called with a
+    sum, ``children`` is the number of the block's children and ``attributes`` are the names of its own plain
+    attributes, and of those that its forward looked for in vain. ``chain`` is how the block passes pairs on.
     """
 
     source: str
@@ -58,6 +58,7 @@ class Code:
     acts: tuple[str, ...]
     linears: tuple[str, ...]
     layer_norms: tuple[str, ...]
+    identities: tuple[str, ...]
     guests: tuple[str, ...]
     children: int
     attributes: frozenset[str]
@@ -67,7 +68,7 @@ class Code:
     @property
     def folded(self) -> tuple[tuple[str, ...], ...]:
         """The paths of the folded modules, by kind, as :func:`fusedres.fusion.runtime.is_changed` takes the modules."""
-        return self.norms, self.acts, self.linears, self.layer_norms
+        return self.norms, self.acts, self.linears, self.layer_norms, self.identities
 
 
 class FusedBlock:
@@ -151,22 +152,22 @@ def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, .
     pairs = [form.paired for form in forms if form.paired is not None]
     folded = [
         set[str]().union(*(getattr(form.folded, kind) for form in forms))
-        for kind in ("norms", "acts", "linears", "layer_norms")
+        for kind in ("norms", "acts", "linears", "layer_norms", "identities")
     ]
     folded[0].update(*(form.norms for form in forwards))
     guests = set[str]().union(*(form.guests for form in forwards))
-    checks = ["self._fusedres_stale", *_literal_checks(reads), f"len(self._modules) != {len(block._modules)}"]
+    checks = ["self._fusedres_stale", *_literal_checks(reads), f"_len(self._modules) != {len(block._modules)}"]
     source, call = _both_modes(forwards, "forward", arguments, names)
     source += _FORWARD.format(
-        parameters=arguments + (", *args, **kwargs" if others else ""),
-        arguments=arguments + (", *args, **kwargs" if others else ""),
-        changed=" or ".join(["args or kwargs"] * others + checks + _module_checks(folded, guests)),
+        parameters=arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else ""),
+        arguments=arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else ""),
+        changed=" or ".join(["_fusedres_args or _fusedres_kwargs"] * others + checks + _module_checks(folded, guests)),
         call=call,
     )
     if len(pairs) == 2:
         folded[0].update(*(form.norms for form in pairs))
         guests.update(*(form.guests for form in pairs))
-        second, call = _both_modes(pairs, "operands", f"{arguments}, residual", names)
+        second, call = _both_modes(pairs, "operands", f"{arguments}, _fusedres_residual", names)
         changed = " or ".join(checks + _module_checks(folded, guests))
         source += second + _OPERANDS.format(input=arguments, changed=changed, call=call)
     absent = {name for read in reads for name in read.absent}
@@ -176,6 +177,18 @@ def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, .
         source, _used(source, names), *(tuple(sorted(group)) for group in (*folded, guests)),
         children=len(block._modules), attributes=attributes, calls=calls, chain=merge_chains(*forms),
     )  # fmt: skip
+
+
+def check_source(code: Code) -> None:
+    """Raise where Python does not take the source of ``code``.
+
+    Raises:
+        UntraceableError: a name in the forward collides with one of ours.
+    """
+    try:
+        compile(code.source, "<fusedres>", "exec")
+    except SyntaxError as error:
+        raise UntraceableError(f"its forward cannot be rewritten: {error.msg}") from error
 
 
 def _used(source: str, names: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -275,7 +288,13 @@ def _compile(original: type[nn.Module], code: Code) -> dict[str, Callable[..., A
     names: dict[str, Any] = {
         name: importlib.import_module(value.name) if isinstance(value, _Module) else value for name, value in code.names
     }
-    names |= {"_original": original.forward, "_is_changed": is_changed, "_is_open": is_open, "_total": total}
+    names |= {
+        "_len": len,
+        "_original": original.forward,
+        "_is_changed": is_changed,
+        "_is_open": is_open,
+        "_total": total,
+    }
     exec(compile(code.source, filename, "exec"), names)
     forward = names["forward"]
     forward.__module__, forward.__qualname__ = original.__module__, f"{original.__qualname__}.forward"

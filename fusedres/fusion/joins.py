@@ -121,7 +121,7 @@ def _with_residual(graph: fx.Graph) -> fx.Graph | None:
     if len(inputs) != 1:
         return None
     with copy.inserting_after(inputs[0]):
-        copy.placeholder("residual")
+        copy.placeholder("_fusedres_residual")
     return copy
 
 

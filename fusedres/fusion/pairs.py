@@ -90,7 +90,12 @@ def is_native(block: nn.Module) -> bool:
 
 def is_apart(block: nn.Module) -> bool:
     """Whether a call of ``block`` is more than its class's forward."""
-    return "forward" in block.__dict__ or block._compiled_call_impl is not None or is_hooked(block)
+    return (
+        "forward" in block.__dict__
+        or type(block).__call__ is not nn.Module.__call__
+        or block._compiled_call_impl is not None
+        or is_hooked(block)
+    )
 
 
 def is_open(modules: Iterable[nn.Module | None]) -> bool:

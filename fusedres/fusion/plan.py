@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.fusion.blocks import Code, FusedBlock, generate, merge_calls, original_class
+from fusedres.fusion.blocks import Code, FusedBlock, check_source, generate, merge_calls, original_class
 from fusedres.fusion.chains import NATIVE, Chain
 from fusedres.fusion.foreign import is_foreign
 from fusedres.fusion.joins import Forms, Joined, adopt, join
@@ -148,6 +148,7 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module], chains: dic
         native = is_native(block)  # knows what a second forward would
         if any(form.is_rewritten(native) for form in both):
             code = generate(block, both, (*reads, *others))
+            check_source(code)
             return Plan(name, block, code.calls, code, chain=code.chain)
         calls = merge_calls(both[0].folded.calls, both[1].folded.calls)
         return Plan(name, block, calls, chain=NATIVE if native else None)

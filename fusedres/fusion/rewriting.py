@@ -44,6 +44,7 @@ class Rewritten:
     acts: set[str] = field(default_factory=set)
     linears: set[str] = field(default_factory=set)
     layer_norms: set[str] = field(default_factory=set)
+    identities: set[str] = field(default_factory=set)
     is_changed: bool = False
 
 
@@ -174,7 +175,13 @@ class Rewriter:
             for node in nodes:
                 node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user not in nodes)
         for node in reversed(nodes):
+            self.skip(node)
             self.graph.erase_node(node)
+
+    def skip(self, node: fx.Node) -> None:
+        """Note that ``node`` is not called any more, if it is an nn.Identity."""
+        if is_standard(self.values.module(node), nn.Identity):
+            self.result.identities.add(str(node.target))
 
 
 def addition(node: fx.Node) -> list[Any]:

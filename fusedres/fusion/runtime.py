@@ -93,6 +93,7 @@ def is_changed(
     acts: tuple[Any, ...],
     linears: tuple[Any, ...] = (),
     layer_norms: tuple[Any, ...] = (),
+    identities: tuple[Any, ...] = (),
 ) -> bool:
     """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference."""
     for norm in norms:
@@ -107,7 +108,10 @@ def is_changed(
     for norm in layer_norms:
         if type(norm) is not nn.LayerNorm:
             return True
-    for module in norms + acts + linears + layer_norms:
+    for identity in identities:
+        if type(identity) is not nn.Identity:
+            return True
+    for module in norms + acts + linears + layer_norms + identities:
         if "forward" in module.__dict__:
             return True
         # In each forward of each block: is_hooked() without the call.

@@ -81,7 +81,15 @@ def trace(block: nn.Module, training: bool) -> tuple[fx.Graph, Reads]:
     if changed:
         raise UntraceableError(f"forward changes the attribute {changed[0]!r}")
     _check(graph)
+    for node in graph.nodes:
+        if node.op == "call_module" and has_own_call(block.get_submodule(str(node.target))):
+            raise UntraceableError("forward calls a module whose class has a __call__ of its own")
     return graph, reads
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Whether calling ``module`` may be more than its forward and hooks."""
+    return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
 
 
 def _traces(block: nn.Module) -> fx.Graph:

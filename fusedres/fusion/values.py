@@ -66,16 +66,23 @@ class Values:
 
     def only_prints(self, node: fx.Node) -> bool:
         """Whether ``node`` prints, or nothing but prints (or nothing at all) comes of it."""
-        if node.op == "call_function" and node.target is print_function:
-            return True
-        return self.is_pure(node) and all(self.only_prints(user) for user in node.users)
+        pending, seen = [node], set[fx.Node]()
+        while pending:
+            node = pending.pop()
+            if node in seen or (node.op == "call_function" and node.target is print_function):
+                continue
+            if not self.is_pure(node):
+                return False
+            seen.add(node)
+            pending += node.users
+        return True
 
     def is_pure(self, node: fx.Node) -> bool:
         """Whether leaving ``node`` out changes nothing but its own value; no module is taken to be."""
         if node.op not in ("call_function", "call_method") or self.mutates(node):
             return False
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if node.target is print_function or any(word in name for word in _RANDOM):
+        if node.target is print_function or any(word in name for word in (*_RANDOM, "assert")):
             return False
         return node.op == "call_function" or name not in ("backward", "register_hook", "retain_grad")
 
@@ -89,6 +96,8 @@ class Values:
         if node.op != "call_function" or node.target in (print_function, getattr):
             return False
         function: Any = node.target
+        if isinstance(function, torch._ops.OpOverload):
+            return function._schema.is_mutable
         if function in IN_PLACE_OPERATORS.values() or "out" in node.kwargs or node.kwargs.get("inplace", False):
             return True
         known = function in _OWN_FUNCTIONS or _namespace(function) in ("_operator", "torch")
@@ -122,7 +131,8 @@ class Values:
                 continue
             source = node.all_input_nodes[0]
             apart = all(self._leaves_alone(user) for user in node.users)
-            if apart and not self.may_change_between(source, node, max([node, *node.users])):
+            # To the end: a reader may have saved its input for the backward.
+            if apart and not self.may_change_between(source, node, self.graph.output_node()):
                 node.replace_all_uses_with(source)
                 self.graph.erase_node(node)
 

@@ -37,24 +37,27 @@ def _layer_norm_fwd_kernel(
     EPS: tl.constexpr, RELU: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     N = N // ALIGN * ALIGN
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M - row0
     mask_n = offs_n < N
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    base = row0 * N  # the offsets from it fit 32 bits, which halves their registers
     offsets = offs_m[:, None] * N + offs_n[None, :]
-    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     mean, rstd = _row_moments(z, mask_n, N, EPS)
     if stats_ptr is not None:
-        tl.store(stats_ptr + offs_m, mean, mask=offs_m < M)
-        tl.store(stats_ptr + M + offs_m, rstd, mask=offs_m < M)
+        tl.store(stats_ptr + row0 + offs_m, mean, mask=mask_m)
+        tl.store(stats_ptr + M + row0 + offs_m, rstd, mask=mask_m)
     gamma = _load_vector(weight_ptr, offs_n, mask_n, 1.0)
     beta = _load_vector(bias_ptr, offs_n, mask_n, 0.0)
     y = _normalise((z - mean[:, None]) * rstd[:, None], gamma, beta)
     if RELU:
         y = tl.where(_positive(y, y_ptr.dtype.element_ty), y, 0.0)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        y += tl.load(residual_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "N", "programs"])
@@ -75,7 +78,7 @@ def _layer_norm_bwd_kernel(
     for row0 in range(tl.program_id(0).to(tl.int64) * BLOCK_M, M, programs * BLOCK_M):
         offs_m = row0 + tl.arange(0, BLOCK_M)
         mask = (offs_m < M)[:, None] & mask_n[None, :]
-        base = row0 * N  # the offsets from it fit 32 bits, which halves their registers
+        base = row0 * N
         offsets = tl.arange(0, BLOCK_M)[:, None] * N + offs_n[None, :]
         mean = tl.load(stats_ptr + offs_m, mask=offs_m < M, other=0.0)
         rstd = tl.load(stats_ptr + M + offs_m, mask=offs_m < M, other=0.0)

@@ -50,7 +50,7 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constexprs: tuple[tuple[str, Any], ...]
     num_warps: int
-    num_stages: int
+    num_stages: int | None  # None: what the backend takes by itself
 
     @property
     def name(self) -> str:
@@ -81,8 +81,8 @@ def recorded_launches() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(
-        kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, num_warps: int = 4, num_stages: int = 3,
-        **constexprs: Any,
+        kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, num_warps: int = 4,
+        num_stages: int | None = None, **constexprs: Any,
     ):  # fmt: skip
         values = dict(zip(kernel.arg_names, args, strict=False)) | constexprs
         signature = {name: _type(values[name], param.is_constexpr) for name, param in _params(kernel)}
@@ -119,7 +119,9 @@ def compile_launch(launch: Launch, arch: str) -> Code:
         attrs,  # pyright: ignore[reportArgumentType]
     )
     target = TARGETS[arch]
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps}
+    if launch.num_stages is not None:
+        options["num_stages"] = launch.num_stages
     compiled = triton.compile(source, target=target, options=options)
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     return read(compiled)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres import reference
-from fusedres.ops import autocast_dtypes, layer_norm_refusal, tf32, use_kernels
+from fusedres.ops import autocast_dtypes, autocasts, layer_norm_refusal, tf32, use_kernels
 from fusedres.ops import refusal as refusal  # for explain
 
 ACTIVATIONS = (None, "relu")
@@ -299,16 +299,11 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, act: str |
 def _check_layer_norm(ln_weight: Tensor | None, ln_bias: Tensor | None, size: int, input: Tensor) -> None:
     for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
         if tensor is not None:
-            autocast = autocasts(input) and tensor.is_floating_point()
+            odd = tensor.dtype not in (torch.float32, input.dtype)
+            autocast = odd and tensor.is_floating_point() and autocasts(input)
             _check_vector(name, tensor, size, input, tensor.dtype if autocast else None)
     if ln_weight is not None and ln_bias is not None and ln_weight.dtype != ln_bias.dtype:
         raise TypeError(f"ln_bias must be of ln_weight's dtype {ln_weight.dtype}, got {ln_bias.dtype}")
-
-
-def autocasts(input: Tensor) -> bool:
-    """Whether autocast is on where ``input`` is; asking is an error on devices that have none, such as meta."""
-    kind = input.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _check_vector(name: str, tensor: Tensor, size: int, input: Tensor, dtype: torch.dtype | None = None) -> None:

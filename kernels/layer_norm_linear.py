@@ -190,8 +190,8 @@ def layer_norm_linear_fwd(
 ) -> None:  # fmt: skip
     """Fill y [M, N] and, where given, ``stats``. Reads x [M, K] and the weight [N, K], writes y; one launch.
 
-    Every program reads its rows of x twice, for their moments and for the product; the second time, and for all but
-    the first column tile, they are in a cache.
+    Every program reads its rows of x twice, for their moments and for the product. Programs of one row tile follow
+    each other, so that the L2 cache can serve all but the first read.
     """
     (M, K), N = x.shape, weight.shape[0]
     with on_device(x.device):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,43 @@ torch.fx.wrap("layer_norm_linear_act")
 torch.fx.wrap("linear_layer_norm_act")
 
 
-class LayerNormLinear(nn.Module):
+class _LayerNormAndLinear(nn.Module):
+    """The children and the arguments that both orders have."""
+
+    norm_first: ClassVar[bool]
+    norm: nn.LayerNorm
+    linear: nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        ln_bias: bool = True,
+        act: str | None = "relu",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
+        self.act = act
+        normalised = in_features if self.norm_first else out_features
+        norm = nn.LayerNorm(normalised, eps, elementwise_affine, ln_bias, device, dtype)
+        linear = nn.Linear(in_features, out_features, bias, device, dtype)
+        # In the order of the layers: an optimizer's state goes by the order of the parameters.
+        children = {"norm": norm, "linear": linear} if self.norm_first else {"linear": linear, "norm": norm}
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}"
+
+
+class LayerNormLinear(_LayerNormAndLinear):
     """``act(linear(norm(input)))`` in one operation.
 
     Args:
@@ -32,23 +68,7 @@ class LayerNormLinear(nn.Module):
         ValueError: an unknown ``act``.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        ln_bias: bool = True,
-        act: str | None = "relu",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.act = _checked(act)
-        self.norm = nn.LayerNorm(in_features, eps, elementwise_affine, ln_bias, device, dtype)
-        self.linear = nn.Linear(in_features, out_features, bias, device, dtype)
+    norm_first = True
 
     def forward(self, input: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
@@ -57,11 +77,8 @@ class LayerNormLinear(nn.Module):
             input, norm.weight, norm.bias, linear.weight, linear.bias, eps=norm.eps, act=self.act
         )
 
-    def extra_repr(self) -> str:
-        return f"act={self.act!r}"
 
-
-class LinearLayerNorm(nn.Module):
+class LinearLayerNorm(_LayerNormAndLinear):
     """``act(norm(linear(input))) + residual`` in one operation; arguments as :class:`LayerNormLinear`.
 
     The normalisation is over ``out_features``.
@@ -70,23 +87,7 @@ class LinearLayerNorm(nn.Module):
         ValueError: an unknown ``act``.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        ln_bias: bool = True,
-        act: str | None = "relu",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.act = _checked(act)
-        self.linear = nn.Linear(in_features, out_features, bias, device, dtype)
-        self.norm = nn.LayerNorm(out_features, eps, elementwise_affine, ln_bias, device, dtype)
+    norm_first = False
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``; ``residual`` is added after the activation."""
@@ -94,9 +95,6 @@ class LinearLayerNorm(nn.Module):
         return linear_layer_norm_act(
             input, linear.weight, linear.bias, norm.weight, norm.bias, eps=norm.eps, act=self.act, residual=residual
         )
-
-    def extra_repr(self) -> str:
-        return f"act={self.act!r}"
 
 
 class ResidualMLPBlock(LinearLayerNorm):
@@ -127,9 +125,3 @@ class ResidualMLPBlock(LinearLayerNorm):
     def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``(*, in_features)`` to ``(*, out_features)``."""
         return super().forward(input, input if self.skip is None else self.skip(input))
-
-
-def _checked(act: str | None) -> str | None:
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
-    return act

@@ -62,11 +62,17 @@ def layer_norm_refusal(features: int) -> str | None:
     return f"no kernel normalises over more than {MAX_LAYER_NORM} features" if features > MAX_LAYER_NORM else None
 
 
+def autocasts(input: Tensor) -> bool:
+    """Whether autocast is on where ``input`` is; asking is an error on devices that have none, such as meta."""
+    kind = input.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def autocast_dtypes(input: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes of a linear map of ``input``, and of the layer normalisation of that, under autocast or without."""
-    device = input.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(input):
         return input.dtype, input.dtype
+    device = input.device.type
     linear = torch.get_autocast_dtype(device)
     return linear, torch.float32 if device == "cuda" else linear
 

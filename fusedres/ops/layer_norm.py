@@ -69,9 +69,12 @@ def _layer_norm_linear_act_backward(
     x, dy = _rows(input), _rows(grad)
     gradients = _gradients(input.shape, input.dtype, ln_weight, ln_bias, weight, needs)
     dx, d_ln_weight, d_ln_bias, d_weight, d_bias = (t if t.numel() else None for t in gradients)
-    g = dy if out is None else torch.empty_like(dy)
-    if out is not None or d_bias is not None:
-        relu_bias_bwd(dy, *((None, None) if out is None else (_rows(out), g)), d_bias)
+    g = dy
+    if out is not None:
+        g = torch.empty_like(dy)
+        relu_bias_bwd(dy, _rows(out), g, d_bias)
+    elif d_bias is not None:
+        relu_bias_bwd(dy, None, None, d_bias)
     d_normalised = torch.mm(g, weight) if any(needs[:3]) else None
     normalised = None if d_weight is None else torch.empty_like(x, dtype=weight.dtype)
     if d_normalised is not None or normalised is not None:

@@ -1,29 +1,28 @@
-"""``python -m benchmarks [models|mlp|traffic|train|report|all]``; without a word, all but train."""
+"""``python -m benchmarks [SUITE]``; without a word, all but train."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.pop("TRITON_INTERPRET", None)  # timings are of compiled kernels; traffic sets it for its own processes
+if __name__ == "__main__":  # not in workers, which may interpret kernels
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import argparse
 import sys
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from benchmarks import plots, providers, report, results, timing_suite, traffic_suite, train_suite
-from benchmarks.environment import folder_name, resolve_device
+from benchmarks import providers, results
+from benchmarks.environment import resolve_device
 from benchmarks.errors import BenchmarkError, fail
-from benchmarks.results import Row
-from benchmarks.workloads import DTYPES, SUITES, Workload, workloads
+from benchmarks.reporting import readme
+from benchmarks.suite import Request, drive
+from benchmarks.suites import ALL, SUITES
+from benchmarks.workloads import DTYPES
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 150)
 warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")  # by us, on purpose
@@ -42,131 +41,79 @@ def main(argv: list[str] | None = None) -> int:
         right = _run(arguments)
     except BenchmarkError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        CONSOLE.print("Interrupted. What was measured is saved; the same command goes on from there.")
+        return 130
     CONSOLE.print(f"{time.monotonic() - start:.0f} s")
     return 0 if right else 1
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "suite", nargs="?", default="all", choices=[*SUITES, "traffic", "train", "report", "all"],
-        help="what to measure (default: all, which is models, mlp, traffic and report)",
+    lines = [f"  {suite.name:14} {suite.summary}" for suite in SUITES.values()]
+    lines += ["  report         the README's tables, the plots and a page of everything, from the rows"]
+    lines += [f"  all            {', '.join(ALL)}, report"]
+    parser = _Parser(
+        prog="python -m benchmarks", description=__doc__, epilog="suites:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    several = {"action": "append", "default": None}
+    parser.add_argument("suite", nargs="?", default="all", choices=[*SUITES, "report", "all"], metavar="SUITE")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
-    parser.add_argument("--provider", action="append", help=f"one of: {', '.join(providers.PROVIDERS)}; repeatable")
-    parser.add_argument("--dtype", help=f"one of: {', '.join(DTYPES)}")
-    parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder for rows and plots")
+    parser.add_argument("--provider", **several, help=f"repeatable; one of: {', '.join(providers.PROVIDERS)}")
+    parser.add_argument("--workload", **several, help="repeatable; by its name in the tables")
+    parser.add_argument("--dtype", **several, help=f"repeatable; one of: {', '.join(DTYPES)}")
+    parser.add_argument("--batch", **several, type=int, help="repeatable; batch size, or rows of a layer")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="the most telling part (default on a CPU)")
+    size.add_argument("--full", action="store_true", help="everything (default on a GPU)")
+    parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder of rows, plots and page")
+    parser.add_argument("--fresh", action="store_true", help="measure again what this code has measured here before")
     parser.add_argument("--seconds", type=float, default=300, help="begin nothing new of a timed suite after so long")
     parser.add_argument("--interpreted-steps", type=int, default=40, help="train: steps with interpreted kernels")
     return parser.parse_args(argv)
 
 
 def _run(arguments: argparse.Namespace) -> bool:
-    device = resolve_device(arguments.device)
-    chosen = providers.select(arguments.provider)
-    timed = {suite: workloads(suite, device, arguments.dtype) for suite in SUITES}
-    if arguments.interpreted_steps < 0:
-        raise BenchmarkError(f"--interpreted-steps must not be negative, got {arguments.interpreted_steps}")
-    folder: Path = arguments.results
+    request = _request(arguments)
+    names = {"all": ALL, "report": ()}.get(arguments.suite, (arguments.suite,))
+    plans = {name: SUITES[name].plan(request) for name in names}
+    known = {case.workload for cases in plans.values() for case in cases}
+    for name in request.workloads or ():
+        if plans and name not in known:
+            raise BenchmarkError(f"unknown workload {name!r}; choose from {', '.join(sorted(known))}")
     right = True
-    for suite, found in timed.items():
-        if arguments.suite in (suite, "all"):
-            right &= _timings(suite, folder / folder_name(device), device, chosen, found, arguments.seconds)
-    if arguments.suite in ("traffic", "all"):
-        right &= _traffic(folder / "cpu")
-    if arguments.suite == "train":
-        right &= _train(folder / "cpu", arguments.interpreted_steps)
-    if folder.resolve() == results.RESULTS:
-        report.update()
+    for name, cases in plans.items():
+        chosen = [case for case in cases if request.workloads is None or case.workload in request.workloads]
+        rows = drive(SUITES[name], request, chosen, CONSOLE)
+        right &= all(row.status in ("ok", "OOM", "not measured") for row in rows)
+    if request.folder.resolve() == results.RESULTS:
+        readme.update()
         CONSOLE.print("The README's tables and the plots are up to date with the rows.")
     else:
-        report.draw(folder)
+        readme.draw(request.folder)
     return right
 
 
-def _timings(
-    suite: str,
-    folder: Path,
-    device: torch.device,
-    chosen: list[providers.Provider],
-    found: list[Workload],
-    limit: float,
-) -> bool:
-    path = folder / f"{suite}.jsonl"
-    measured = results.recorded(path, timing_suite.run(suite, device, chosen, found, seconds_limit=limit))
-    rows = _collect(suite, measured, timing_suite.count(chosen, found))
-    if device.type == "cpu":
-        CONSOLE.print(
-            "[bold]These are not GPU timings:[/] reduced size, and on a CPU fusedres takes its reference path, "
-            "so about 1.0x is expected."
-        )
-    table = Table("workload", "mode", "batch", "dtype", "provider", "ms", "quartiles", "samples/s", "speedup", "check")
-    for row in rows:
-        figures = {k: "" if v is None else f"{v:.4g}" for k, v in row.figures.items()}
-        table.add_row(
-            row.workload, row.mode, str(row.shape[0]), row.dtype, row.provider, figures.get("ms", ""),
-            f"{figures.get('ms_q1', '')}-{figures.get('ms_q3', '')}", figures.get("samples_per_s", ""),
-            figures.get("speedup", ""), row.status + (f": {row.note}" if row.note else ""),
-        )  # fmt: skip
-    return _show(path, rows, table)
+def _request(arguments: argparse.Namespace) -> Request:
+    device = resolve_device(arguments.device)
+    if arguments.interpreted_steps < 0:
+        raise BenchmarkError(f"--interpreted-steps must not be negative, got {arguments.interpreted_steps}")
+    for batch in arguments.batch or ():
+        if batch < 1:
+            raise BenchmarkError(f"--batch must be positive, got {batch}")
+    for dtype in arguments.dtype or ():
+        if dtype not in DTYPES:
+            raise BenchmarkError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    providers.select(arguments.provider, device)
 
+    def names(values: list[str] | None) -> tuple[str, ...] | None:
+        return None if values is None else tuple(dict.fromkeys(values))
 
-def _traffic(folder: Path) -> bool:
-    total = len(traffic_suite.CASES) * len(traffic_suite.PHASES)
-    rows = _collect("traffic", traffic_suite.run(), total)
-    rows.sort(key=traffic_suite.position)
-    table = Table("function", "shape", "layout", "phase", "launches", "moved", "budget", "ATen", "vectors", "check")
-    for row in rows:
-        table.add_row(
-            row.workload, "x".join(map(str, row.shape)), row.layout, row.mode, f"{row.figures['launches']:.0f}",
-            *report.moved(row), f"{100 * (row.figures['vector_share'] or 0):.1f}%", row.status,
-        )  # fmt: skip
-    path = folder / "traffic.jsonl"
-    results.write(path, rows)
-    return _show(path, rows, table)
-
-
-def _train(folder: Path, interpreted_steps: int) -> bool:
-    total = 5 + bool(interpreted_steps)
-    curves: dict[str, list[float]] = {}
-    rows = []
-    with _progress() as progress:
-        task = progress.add_task("train", total=total)
-        for row, curve in train_suite.run(interpreted_steps):
-            rows.append(row)
-            if row.figures["accuracy"] is not None:
-                curves[row.provider] = curve.losses
-            progress.advance(task)
-    plots.curves(curves, folder / "train.png")
-    table = Table("run", "path", "steps", "final loss", "held-out accuracy", "furthest from eager", "allowed", "check")
-    for row in rows:
-        figures = {k: "" if v is None else f"{v:.4g}" for k, v in row.figures.items()}
-        names = ("steps", "loss", "accuracy", "difference", "allowed")
-        table.add_row(row.provider, row.layout, *(figures[name] for name in names), row.status)
-    path = folder / "train.jsonl"
-    results.write(path, rows)
-    return _show(path, rows, table)
-
-
-def _collect(name: str, rows: Iterable[Row], total: int) -> list[Row]:
-    collected = []
-    with _progress() as progress:
-        task = progress.add_task(name, total=total)
-        for row in rows:
-            collected.append(row)
-            progress.update(task, advance=1, description=f"{name}: {row.workload} {row.mode}")
-    return collected
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=CONSOLE)
-
-
-def _show(path: Path, rows: list[Row], table: Table) -> bool:
-    CONSOLE.print(table)
-    CONSOLE.print(f"rows: {path}", soft_wrap=True)
-    return all(row.status in ("ok", "OOM", "not measured") for row in rows)
+    return Request(
+        device, arguments.output, names(arguments.dtype), names(arguments.batch), names(arguments.provider),
+        names(arguments.workload), arguments.quick or (device.type == "cpu" and not arguments.full),
+        arguments.seconds, arguments.fresh, arguments.interpreted_steps,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

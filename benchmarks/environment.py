@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -17,7 +18,9 @@ import torch
 from benchmarks.errors import BenchmarkError
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("fusedres", "kernels", "benchmarks")
 DEVICES = ("cpu", "cuda")
+IDENTITY = ("device", "driver", "torch", "triton", "python", "commit")  # a row is measured again where these differ
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -42,7 +45,7 @@ def folder_name(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
-def describe(device: torch.device) -> dict[str, str | None]:
+def describe(device: torch.device) -> dict[str, str | float | None]:
     """The fields every row carries."""
     on_gpu = device.type == "cuda"
     return {
@@ -57,13 +60,15 @@ def describe(device: torch.device) -> dict[str, str | None]:
 
 
 @functools.cache
-def commit() -> str | None:
-    """Short hash of the checkout, with ``-dirty`` when the measured code differs from it."""
+def commit() -> str:
+    """Short hash of the checkout; where the measured code differs from it, or there is none, with the code's own."""
     head = _output(["git", "rev-parse", "--short=12", "HEAD"])
-    if head is None:
-        return None
     changed = _output(["git", "status", "--porcelain", "--", "fusedres", "kernels", "benchmarks/*.py"])
-    return f"{head}-dirty" if changed else head
+    if head is not None and not changed:
+        return head
+    files = sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+    return f"{head or 'unknown'}-dirty-{digest}"
 
 
 @functools.cache

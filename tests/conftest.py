@@ -14,7 +14,7 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
-from benchmarks.interpreter import fast_interpreter  # noqa: E402
+from benchmarks.instruments.interpreter import fast_interpreter  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

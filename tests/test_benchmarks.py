@@ -16,7 +16,7 @@ from torch import nn
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from benchmarks import digits, parity, providers, report, results, timing, timing_suite, traffic_suite, workloads
-from benchmarks.digits import Curve, Recipe
+from benchmarks.suites.digits import Curve, Recipe
 from benchmarks.providers import BASELINE, EAGER, Provider
 from benchmarks.results import Row
 from benchmarks.workloads import Workload

@@ -39,7 +39,7 @@ def run_compiled(arguments: list[str]) -> str:
 @functools.cache
 def code(arch: str) -> list[dict[str, Any]]:
     return [
-        json.loads(line) for line in run_compiled(["-m", "benchmarks.code_report", arch, *DTYPES[arch]]).splitlines()
+        json.loads(line) for line in run_compiled(["-m", "benchmarks.instruments.launches", arch, *DTYPES[arch]]).splitlines()
     ]
 
 
@@ -96,7 +96,7 @@ def test_variants_of_a_resnet50_step(batch, most):
     """Every variant is compiled at its first launch: few of them make a short cold start."""
     program = f"""
 import torch, fusedres
-from benchmarks.code_report import training_step_launches
+from benchmarks.instruments.launches import training_step_launches
 model = fusedres.fuse(fusedres.models.resnet50())
 launches = training_step_launches(model, ({batch}, 3, 224, 224), torch.bfloat16)
 print(len(launches), len(set(launches)))

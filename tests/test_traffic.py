@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from benchmarks import traffic_batch_norm, traffic_linear
-from benchmarks.traffic_suite import measure
+from benchmarks.suites import traffic_batch_norm, traffic_linear
+from benchmarks.suites.traffic import measure
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
 LAUNCHES = {"forward": 2, "backward": 2, "eval": 1}

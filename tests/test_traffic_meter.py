@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton import knobs  # noqa: E402
 
-from benchmarks.traffic import TrafficMeter  # noqa: E402
+from benchmarks.instruments.meter import TrafficMeter  # noqa: E402
 
 pytestmark = [
     pytest.mark.floor,

@@ -18,11 +18,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benchmarks import traffic_batch_norm, traffic_linear
 from benchmarks.environment import ROOT, describe
 from benchmarks.errors import BenchmarkError, allowed, errors
 from benchmarks.results import Row
-from benchmarks.traffic import TrafficMeter
+from benchmarks.suites import traffic_batch_norm, traffic_linear
+from benchmarks.instruments.meter import TrafficMeter
 
 Tensors = dict[str, Tensor]
 
@@ -88,7 +88,7 @@ def run() -> Iterator[Row]:
 def _work(cases: list[int], rows: queue.Queue[Row | BenchmarkError | None]) -> None:
     """Run ``cases``, by number, in one subprocess; its rows, or an error, and a final ``None`` go to the queue."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSEDRES_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.traffic_suite", json.dumps(cases)]
+    command = [sys.executable, "-m", "benchmarks.suites.traffic", json.dumps(cases)]
     with (
         tempfile.TemporaryFile("w+") as stderr,
         subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) as child,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.interpreter import fast_interpreter
+from benchmarks.instruments.interpreter import fast_interpreter
 
 ACTIVATION, MASK, VECTOR = "activation", "mask", "vector"
 ALLOCATIONS = {

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import plots, results
+from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.errors import BenchmarkError
+from benchmarks.reporting import plots
 from benchmarks.results import Row
 from benchmarks.workloads import SUITES, workloads
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import digits
-from benchmarks.digits import Curve, Recipe
+from benchmarks.suites import digits
+from benchmarks.suites.digits import Curve, Recipe
 from benchmarks.environment import describe
 from benchmarks.results import Row
 

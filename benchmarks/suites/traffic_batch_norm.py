@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.traffic import TrafficMeter
+from benchmarks.instruments.meter import TrafficMeter
 from fusedres import functional
 
 DTYPE = torch.bfloat16

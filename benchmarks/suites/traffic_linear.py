@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.errors import undecided
-from benchmarks.traffic import TrafficMeter
+from benchmarks.instruments.meter import TrafficMeter
 from fusedres import functional
 
 DTYPE = torch.bfloat16

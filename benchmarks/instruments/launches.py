@@ -1,6 +1,6 @@
 """Static code report: registers, spills, access widths and tensor-core instructions of every kernel.
 
-``python -m benchmarks.code_report ARCH DTYPE...`` prints one JSON row for every distinct launch.
+``python -m benchmarks.instruments.launches ARCH DTYPE...`` prints one JSON row for every distinct launch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from benchmarks.codegen import TARGETS, Launch, compile_launch, recorded_launches
+from benchmarks.instruments.codegen import TARGETS, Launch, compile_launch, recorded_launches
 
 SMS = 132  # tiled as for an H100
 BATCH_NORM_SHAPES = (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fusedres
 from benchmarks.environment import ROOT
 from benchmarks.errors import BenchmarkError
-from benchmarks.interpreter import fast_interpreter
+from benchmarks.instruments.interpreter import fast_interpreter
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def interpreted_run(recipe: Recipe) -> Curve:
         BenchmarkError: the subprocess failed.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSEDRES_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.digits", json.dumps(asdict(recipe))]
+    command = [sys.executable, "-m", "benchmarks.suites.digits", json.dumps(asdict(recipe))]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         complaint = done.stderr.strip().splitlines()

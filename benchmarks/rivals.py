@@ -114,7 +114,7 @@ def _attorch_linear(package: ModuleType, model: nn.Sequential) -> nn.Module:
 
 
 class _AttorchLinearRelu(nn.Module):
-    """attorch's own module holds the weight transposed, which would be another state: here it gets a transposed view."""
+    """attorch's own module holds the transposed weight, which would be another state; this one passes a view."""
 
     def __init__(self, linear: nn.Linear, function: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -322,8 +322,7 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        [grad] = grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, weight, mean, inv_variance, mask = ctx.saved_tensors
         d_x, d_weight, d_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
         d_residual = torch.empty_like(x) if ctx.layer.add else None

@@ -9,11 +9,11 @@ import torch
 
 from benchmarks.reporting.markdown import CASE, NOT_MEASURED, Column, case, fold, listing, pivot, size, table, where
 from benchmarks.reporting.report import Report
-from benchmarks.results import RESULTS, Key, Row
+from benchmarks.results import RESULTS, Row
 from benchmarks.suite import Request
 from benchmarks.suites import SUITES
+from benchmarks.workloads import TIMED
 
-TIMED = ("models", "mlp", "kernels")
 TIMES = (
     Column("ms", "ms"), Column("ms q1", "ms_q1"), Column("ms q3", "ms_q3"), Column("forward ms", "forward_ms"),
     Column("backward ms", "backward_ms"), Column("speedup", "speedup", ".2f"), Column("from", "speedup_low", ".2f"),
@@ -98,22 +98,18 @@ def _speed(row: Row) -> str:
 
 
 def unmeasured(suite: str, rows: Sequence[Row]) -> str:
-    """What is measured on a GPU by default, and is not among the rows."""
-    if suite not in SUITES:
-        return ""
+    """The cases that are measured on a GPU by default, and that no provider has a row of."""
     planned = SUITES[suite].plan(Request(torch.device("cuda"), RESULTS, quick=False))
-    there = {row.key for row in rows}
-    missing = [key for case in planned for key in case.keys if key not in there]
-    return (
-        fold(_missing(missing), f"<code>{suite}</code>: {len(missing)} measurements {NOT_MEASURED}", 0)
-        if missing
-        else ""
-    )
+    there = {(row.workload, row.mode, tuple(row.shape), row.dtype) for row in rows}
+    cases = dict.fromkeys((name, mode, shape, dtype) for c in planned for name, mode, _, shape, dtype, _ in c.keys)
+    missing = [case for case in cases if case not in there]
+    summary = f"<code>{suite}</code>: {len(missing)} of {len(cases)} cases {NOT_MEASURED}"
+    return fold(_missing(missing), summary, 0) if missing else ""
 
 
-def _missing(keys: Iterable[Key]) -> str:
+def _missing(cases: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
     found: dict[tuple[str, str], tuple[dict[int, None], dict[str, None]]] = {}
-    for workload, _, _, (batch, *sample), dtype, _ in keys:
+    for workload, _, (batch, *sample), dtype in cases:
         batches, dtypes = found.setdefault((workload, size(sample)), ({}, {}))
         batches[batch], dtypes[dtype] = None, None
     cells = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -51,7 +52,8 @@ LOSSES = {"ok": True, "losses": [2.0, 1.0, 0.5]}
 EVERY_SUITE = [
     ("a-gpu", [timed(1.5), timed(0.5, workload="slow"), timed(1.0, "eager", workload="slow"),
                timed(None, workload="large", status="OOM"), timed(None, workload="wrong", status="WRONG")]),
-    ("a-gpu", [row("probe", "conv 64→256", figures={"ms": 1.0, "ratio": 1.3})]),
+    ("a-gpu", [row("probe", "64→256", "cuDNN", figures={"ms": 1.25}),
+               row("probe", "64→256", "Triton", figures={"speedup": 1.3})]),
     ("cpu", [row("traffic", mode=mode, figures=dict(TRAFFIC)) for mode in ("forward", "backward")]),
     ("cpu", [row("codegen", "_kernel", "sm_90", figures=CODE | {"registers": 200.0, "spill_bytes": 16.0}, shape=[1]),
              row("codegen", "_kernel", "sm_90", figures=dict(CODE), shape=[2])]),
@@ -61,8 +63,8 @@ EVERY_SUITE = [
 ]  # fmt: skip
 ROWS = dict(sorted(((device, rows[0].suite), rows) for device, rows in EVERY_SUITE))
 SAID = (
-    "1.50", "0.50 (0.45–0.55)", "1 of 2 slower", "1 WRONG", "1 OOM", "1.30", "3 of 3 (eager 5, inductor 3.5)",
-    "| 12.5 |", "200 (_kernel)", "| 200, 16 B, 50% |", "50% (_kernel)", "| 12 | 50% |", "| 7 | 3 |", "| 0.5000 |",
+    "1.50", "0.50 (0.45–0.55)", "1 of 2 slower", "1 WRONG", "1 OOM", "| 1.25 ms | 1.30 |",
+    "3 of 3 (eager 5, inductor 3.5)", "| 12.5 |", "200 (_kernel)", "| 200, 16 B, 50% |", "50% (_kernel)", "| 12 | 50% |", "| 7 | 3 |", "| 0.5000 |",
     "These are byte counts, not times",
 )  # fmt: skip
 
@@ -175,8 +177,8 @@ def test_the_same_rows_give_the_same_bytes(folder: Path, files: dict[str, bytes]
 def test_plots_are_light_on_any_page_and_name_their_rows(files: dict[str, bytes]) -> None:
     drawn = {name: content for name, content in files.items() if name != readme.PAGE}
     assert list(drawn) == [
-        "a-gpu/kernels-speed-float32.svg", "cpu/memory-saved-float32.svg", "cpu/traffic-passes.svg",
-        "cpu/train-curves.svg",
+        "a-gpu/kernels-speed-float32.svg", "a-gpu/probe-speed-float32.svg", "cpu/memory-saved-float32.svg",
+        "cpu/traffic-passes.svg", "cpu/train-curves.svg",
     ]  # fmt: skip
     for name, content in drawn.items():
         text = content.decode()
@@ -250,3 +252,12 @@ def test_a_readme_without_markers_is_refused(folder: Path) -> None:
     with pytest.raises(BenchmarkError, match="lacks the markers"):
         readme.update(file, folder)
     assert not (folder / readme.PAGE).exists()
+
+
+def test_every_field_and_figure_is_documented() -> None:
+    text = (results.ROOT / "benchmarks" / "README.md").read_text()
+    rows = [row for found in load(results.RESULTS).values() for row in found]
+    names = {field.name for field in dataclasses.fields(Row)}
+    names |= {name for row in rows for name in (*row.figures, *row.environment)}
+    missing = {name for name in names if not re.search(rf"`{name}(`|[/,])", text)}
+    assert not missing

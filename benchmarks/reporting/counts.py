@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.reporting.markdown import NOT_MEASURED, fold, percent, pivot, size, table, where
+from benchmarks.reporting.markdown import NOT_MEASURED, Column, fold, listing, percent, pivot, size, table, where
 from benchmarks.reporting.report import Report
 from benchmarks.results import Row
 
-PREDICTED = {"us_h100": "H100", "us_h200": "H200", "us_a100": "A100", "us_rtx4090": "RTX 4090", "us_mi300x": "MI300X"}
+PREDICTED = "us_"  # and the device's name
 
 
 def traffic(report: Report) -> str:
@@ -28,7 +28,7 @@ def traffic(report: Report) -> str:
         "These are byte counts, not times.\n"
         f"{where(rows)}\n\n{counts(named)}\n"
     )
-    if any(row.figures.get(name) for row in named for name in PREDICTED):
+    if any(name.startswith(PREDICTED) for row in named for name in row.figures):
         summary = "Predicted from bytes and datasheets, in µs: not measured"
         text += fold(predicted(named), summary, 0)
     text += report.images("cpu", "traffic", "traffic and budget")
@@ -71,11 +71,9 @@ def _aten(row: Row) -> str:
 
 
 def predicted(rows: Sequence[Row]) -> str:
-    cells = (
-        [row.workload, row.mode, size(row.shape), *(f"{row.figures.get(name) or 0:.3g}" for name in PREDICTED)]
-        for row in rows
-    )
-    return table(["function", "mode", "shape", *PREDICTED.values()], cells)
+    names = list(dict.fromkeys(name for row in rows for name in row.figures if name.startswith(PREDICTED)))
+    columns = [Column(name.removeprefix(PREDICTED).upper(), name, ".3g") for name in names]
+    return listing(rows, columns)
 
 
 def codegen(report: Report) -> str:

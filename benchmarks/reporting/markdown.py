@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,34 @@ def cell(row: Row, column: Column, empty: str = NOT_MEASURED) -> str:
     return empty if value is None else format(value, column.style)
 
 
+def spread(rows: Sequence[Row]) -> str:
+    """Median, extremes, how many are slower, and what else became of the cases of one provider."""
+    good = [row.figures for row in rows if row.status == "ok" and row.figures.get("speedup")]
+    others = [row.status for row in rows if row.status != "ok"]
+    parts = []
+    if good:
+        speeds = [figures.get("speedup") or 0.0 for figures in good]
+        slower = sum((figures.get("speedup_high") or speed) < 1 for figures, speed in zip(good, speeds, strict=True))
+        parts = [f"{statistics.median(speeds):.2f} ({min(speeds):.2f}–{max(speeds):.2f})"]
+        parts += [f"{slower} of {len(good)} slower"] if slower else []
+    parts += [f"{others.count(status)} {status}" for status in dict.fromkeys(others)]
+    return ", ".join(parts)
+
+
+def speed(rows: Sequence[Row]) -> str:
+    """Speed with its interval, or what became of it."""
+    return ", ".join(_speed(row) for row in rows)
+
+
+def _speed(row: Row) -> str:
+    value, low, high, ms = (row.figures.get(name) for name in ("speedup", "speedup_low", "speedup_high", "ms"))
+    if row.status != "ok":
+        return row.status
+    if value is None:  # there is nothing to compare with: it is the baseline itself, or that did not run
+        return NOT_MEASURED if ms is None else f"{ms:.4g} ms"
+    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f}–{high:.2f})"
+
+
 def size(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
@@ -75,6 +104,6 @@ def where(rows: Sequence[Row]) -> str:
     names = ("device", "driver", "torch", "triton", "commit", "date")
     seen = {name: {str(row.environment.get(name) or "") for row in rows} for name in names}
     seen["date"] = {date[: len("2000-01-01")] for date in seen["date"]}
-    device, driver, torch, triton, commit, date = (", ".join(sorted(seen[name])) for name in names)
+    device, driver, torch, triton, commit, date = (", ".join(sorted(filter(None, seen[name]))) for name in names)
     driver = f", driver {driver}" if driver else ""
     return f"Measured on {device}{driver}, torch {torch}, triton {triton}, commit {commit}, {date}."

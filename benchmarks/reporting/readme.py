@@ -9,7 +9,7 @@ from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.errors import BenchmarkError
 from benchmarks.reporting import counts, page, plots, timings
-from benchmarks.reporting.markdown import Column, cell, fold, listing, table
+from benchmarks.reporting.markdown import CASE, Column, case, cell, fold, listing, pivot, speed, spread, table
 from benchmarks.reporting.report import Report, Rows, load
 from benchmarks.results import Row
 
@@ -27,7 +27,6 @@ COMPILED = (
     Column("cold s", "compile_cold_s", ".3g"), Column("warm s", "compile_warm_s", ".3g"),
     Column("recompilations", "recompilations", ".0f"),
 )  # fmt: skip
-PROBE = (Column("ms", "ms"), Column("ms q1", "ms_q1"), Column("ms q3", "ms_q3"), Column("× cuDNN", "ratio", ".2f"))
 TRAINED = (
     Column("steps", "steps", ".0f"), Column("final loss", "loss", ".4f"),
     Column("held-out accuracy", "accuracy", ".1%"), Column("furthest from eager", "difference", ".2g"),
@@ -99,7 +98,7 @@ def render(rows: Rows, plotted: Collection[str], folder: Path = results.RESULTS)
     return "\n".join(
         [
             timings.gpu(report),
-            report.section("probe", "1×1 convolutions", lambda rows: _table(rows, PROBE)),
+            report.section("probe", "1×1 convolutions", _probe),
             counts.traffic(report),
             counts.codegen(report),
             report.section("memory", "Memory", lambda rows: _table(rows, MEMORY)),
@@ -107,6 +106,17 @@ def render(rows: Rows, plotted: Collection[str], folder: Path = results.RESULTS)
             timings.cpu(report),
             report.section("train", "Training parity", _trained),
         ]
+    )
+
+
+def _probe(rows: Sequence[Row]) -> str:
+    """A line an epilogue and prologue to see, every convolution to open."""
+    modes = pivot(rows, ("mode", "dtype"), lambda row: (row.mode, row.dtype), spread)
+    cases = pivot(rows, CASE, case, speed)
+    return (
+        "Speed of a Triton GEMM, which computes statistics and normalises its input on the way, over cuDNN's\n"
+        "convolution between kernels: the median over the convolutions of ResNet-50, the slowest and the fastest one.\n"
+        f"\n{modes}\n{fold(cases, 'by convolution', 0)}"
     )
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 
 import torch
 
-from benchmarks.reporting.markdown import CASE, NOT_MEASURED, Column, case, fold, listing, pivot, size, table, where
+from benchmarks.reporting.markdown import (
+    CASE,
+    NOT_MEASURED,
+    Column,
+    case,
+    fold,
+    listing,
+    pivot,
+    size,
+    speed,
+    spread,
+    table,
+    where,
+)
 from benchmarks.reporting.report import Report
 from benchmarks.results import RESULTS, Row
 from benchmarks.suite import Request
@@ -18,7 +30,8 @@ TIMES = (
     Column("ms", "ms"), Column("ms q1", "ms_q1"), Column("ms q3", "ms_q3"), Column("forward ms", "forward_ms"),
     Column("backward ms", "backward_ms"), Column("speedup", "speedup", ".2f"), Column("from", "speedup_low", ".2f"),
     Column("to", "speedup_high", ".2f"), Column("samples/s", "samples_per_s"), Column("GB/s", "gb_s"),
-    Column("of copy bandwidth", "bandwidth_share", ".0%"), Column("peak MiB", "peak_mib", ".0f"),
+    Column("of copy bandwidth", "bandwidth_share", ".0%"), Column("TFLOP/s", "tflop_s"),
+    Column("of matmul rate", "matmul_share", ".0%"), Column("peak MiB", "peak_mib", ".0f"),
     Column("host µs", "host_us"), Column("first step s", "first_step_s", ".3g"),
 )  # fmt: skip
 LISTED = 120  # rows; more make the README too long to be shown
@@ -70,31 +83,6 @@ def timings(report: Report, device: str) -> str:
 
 def _suite(row: Row) -> tuple[str, ...]:
     return row.suite, row.mode, row.dtype
-
-
-def spread(rows: Sequence[Row]) -> str:
-    """Median, extremes, how many are slower, and what else became of the cases of one provider."""
-    good = [row.figures for row in rows if row.status == "ok" and row.figures.get("speedup")]
-    others = [row.status for row in rows if row.status != "ok"]
-    parts = []
-    if good:
-        speeds = [figures.get("speedup") or 0.0 for figures in good]
-        slower = sum((figures.get("speedup_high") or speed) < 1 for figures, speed in zip(good, speeds, strict=True))
-        parts = [f"{statistics.median(speeds):.2f} ({min(speeds):.2f}–{max(speeds):.2f})"]
-        parts += [f"{slower} of {len(good)} slower"] if slower else []
-    parts += [f"{others.count(status)} {status}" for status in dict.fromkeys(others)]
-    return ", ".join(parts) or NOT_MEASURED
-
-
-def speed(rows: Sequence[Row]) -> str:
-    return ", ".join(_speed(row) for row in rows)
-
-
-def _speed(row: Row) -> str:
-    value, low, high = (row.figures.get(name) for name in ("speedup", "speedup_low", "speedup_high"))
-    if row.status != "ok" or value is None:
-        return NOT_MEASURED if row.status == "ok" else row.status
-    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f}–{high:.2f})"
 
 
 def unmeasured(suite: str, rows: Sequence[Row]) -> str:

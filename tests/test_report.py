@@ -15,7 +15,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from benchmarks import results
 from benchmarks.errors import BenchmarkError
-from benchmarks.reporting import page, plots, readme, timings
+from benchmarks.reporting import plots, readme, timings
 from benchmarks.reporting.report import load
 from benchmarks.results import Key, Row
 from benchmarks.suite import Suite
@@ -64,8 +64,8 @@ EVERY_SUITE = [
 ROWS = dict(sorted(((device, rows[0].suite), rows) for device, rows in EVERY_SUITE))
 SAID = (
     "1.50", "0.50 (0.45–0.55)", "1 of 2 slower", "1 WRONG", "1 OOM", "| 1.25 ms | 1.30 |",
-    "3 of 3 (eager 5, inductor 3.5)", "| 12.5 |", "200 (_kernel)", "| 200, 16 B, 50% |", "50% (_kernel)", "| 12 | 50% |", "| 7 | 3 |", "| 0.5000 |",
-    "These are byte counts, not times",
+    "3 of 3 (eager 5, inductor 3.5)", "| 12.5 |", "200 (_kernel)", "| 200, 16 B, 50% |", "50% (_kernel)",
+    "| 12 | 50% |", "| 7 | 3 |", "| 0.5000 |", "These are byte counts, not times",
 )  # fmt: skip
 
 
@@ -83,7 +83,11 @@ def files() -> dict[str, bytes]:
 
 
 def visible(text: str) -> list[str]:
-    return [line for line in re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL).splitlines() if line]
+    """Lines outside of everything that has to be opened."""
+    innermost = re.compile(r"<details>(?:(?!<details>).)*?</details>", flags=re.DOTALL)
+    while innermost.search(text):
+        text = innermost.sub("", text)
+    return [line for line in text.splitlines() if line]
 
 
 def committed() -> dict[str, bytes]:
@@ -96,18 +100,18 @@ def test_readme_agrees_with_the_rows() -> None:
     assert between == readme.render(load(results.RESULTS), committed()), STALE
 
 
-def test_committed_plots_and_page_agree_with_the_rows() -> None:
+def test_committed_plots_agree_with_the_rows() -> None:
     rows, images = load(results.RESULTS), committed()
+    drawn = {(name.split("/")[0], name.split("/")[1].split("-")[0]) for name in images}
+    assert drawn <= {(device, suite.split("-")[0]) for device, suite in rows}, STALE
     for (device, suite), found in rows.items():
-        drawn = [content for name, content in images.items() if name.startswith(f"{device}/{suite}-")]
-        assert all(plots.digest(found).encode() in content for content in drawn), STALE
-    assert {name.rsplit("-", 1)[0].split("-")[0] for name in images} <= {f"{device}/{suite}" for device, suite in rows}
-    assert (results.RESULTS / readme.PAGE).read_text() == page.render(rows, dict(sorted(images.items()))), STALE
+        of = [content for name, content in images.items() if name.startswith(f"{device}/{suite}-")]
+        assert all(plots.digest(found).encode() in content for content in of), STALE
 
 
 def test_what_can_be_seen_of_the_readme_is_short() -> None:
     _, between, _ = readme.split(readme.README)
-    assert len(visible(between)) <= 80
+    assert len(visible(between)) <= 100
 
 
 def test_another_row_makes_the_readme_disagree() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from benchmarks.reporting.markdown import NOT_MEASURED, Column, fold, listing, percent, pivot, size, table, where
+from benchmarks.reporting.plots import peer
 from benchmarks.reporting.report import Report
 from benchmarks.results import Row
 
@@ -55,13 +56,14 @@ def counts(rows: Sequence[Row]) -> str:
 
 
 def _moved(row: Row) -> str:
-    """What the kernels move, of what they may, and what others are known to."""
-    names, unit = (
-        (("passes", "budget_passes"), 1) if "passes" in row.figures else (("distinct_bytes", "budget_bytes"), 1024)
-    )
+    """What the kernels move, of what they may, and what others are known to move, all operators together."""
+    names, unit = ("passes", "budget_passes"), 1
+    if "passes" not in row.figures:
+        names, unit = ("distinct_bytes", "budget_bytes"), 1024
     total, budget = (f"{(row.figures.get(name) or 0) / unit:.5g}" for name in names)
-    peers = [(name, row.figures.get(f"{name}_passes")) for name in ("eager", "attorch", "inductor")]
-    known = ", ".join(f"{name} {value:.4g}" for name, value in peers if value is not None)
+    peers = [(name, peer(row, name)) for name in ("eager", "attorch", "inductor")]
+    scale = 1 if unit == 1 else 2**20 / unit  # MiB to KiB
+    known = ", ".join(f"{name} {scale * value:.4g}" for name, value in peers if value is not None)
     return f"{total} of {budget}" + (f" ({known})" if known else "")
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -42,7 +41,7 @@ PEERS = {
     "inductor": STYLES["torch.compile"], "floor": (GREEN, "|"),
 }  # fmt: skip
 OVER = (VERMILLION, "X")
-LINES = 40  # cases in one plot
+LINES = 26  # cases in one plot
 SPEEDS = (0.1, 0.2, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
@@ -137,18 +136,20 @@ def _dots(chart: Chart, rows: Sequence[Row]) -> Figure:
 def _points(panel: Axes, chart: Chart, rows: Sequence[Row], heights: Sequence[float], style: tuple[str, str]) -> None:
     """One provider; what has no figure because it went wrong is named at the edge."""
     colour, marker = style
+    good: list[tuple[float, float, float, float]] = []
     for row, height in zip(rows, heights, strict=True):
         value = _number(row, chart.figure)
-        if value is None or row.status != "ok":
-            if row.status != "ok":
-                place = panel.get_yaxis_transform()
-                panel.text(0.01, height, row.status, transform=place, color=colour, fontsize=6, va="center")
-            continue
-        low, high = (_number(row, name) or value for name in chart.bounds or (chart.figure, chart.figure))
-        panel.errorbar(
-            chart.factor * value, height, xerr=chart.factor * np.clip([[value - low], [high - value]], 0, None),
-            fmt=marker, color=colour, markersize=5, markeredgecolor="black", markeredgewidth=0.3, elinewidth=1,
-        )  # fmt: skip
+        if row.status != "ok":
+            place = panel.get_yaxis_transform()
+            panel.text(0.01, height, row.status, transform=place, color=colour, fontsize=6, va="center")
+        elif value is not None:
+            low, high = (_number(row, name) or value for name in chart.bounds or (chart.figure, chart.figure))
+            good.append((chart.factor * value, height, chart.factor * low, chart.factor * high))
+    if good:
+        values, places, lows, highs = zip(*good, strict=True)
+        if chart.bounds:
+            panel.hlines(places, lows, highs, color=colour, linewidth=1)
+        panel.plot(values, places, marker, color=colour, markersize=5, markeredgecolor=BLACK, markeredgewidth=0.3)
 
 
 def _axis(panel: Axes, chart: Chart) -> None:
@@ -170,11 +171,11 @@ def _traffic(rows: Sequence[Row]) -> Figure:
     passes = "passes" in rows[0].figures
     label = f"reads and writes, of kernels and of ATen operators ({'passes' if passes else 'MiB'}), {rows[0].dtype}"
     figure, panels = _frame(rows, label, 0.24)
-    known = [n for n in PEERS if n == "budget" or any(_number(row, f"{n}_passes") is not None for row in rows)]
+    known = [n for n in PEERS if n == "budget" or any(peer(row, n) is not None for row in rows)]
     for row in rows:
         panel, cases = panels[row.mode]
         total, budget = moved(row)
-        peers = {name: _number(row, f"{name}_passes") for name in known} | {"budget": budget}
+        peers = {name: peer(row, name) for name in known} | {"budget": budget}
         style = OVER if row.status != "ok" or total > 1.05 * budget else STYLES["fusedres"]
         for value, (colour, marker) in [*((peers[name], PEERS[name]) for name in known), (total, style)]:
             if value is not None:
@@ -196,6 +197,14 @@ def moved(row: Row) -> tuple[float, float]:
         names, unit = (("distinct_bytes", "aten_bytes"), ("budget_bytes", "aten_budget_bytes")), 2**20
     total, budget = (sum(_number(row, name) or 0.0 for name in some) / unit for some in names)
     return total, budget
+
+
+def peer(row: Row, name: str) -> float | None:
+    """What somebody else moves, in the unit of :func:`moved`; ``None`` where it is not known."""
+    if "passes" in row.figures:
+        return _number(row, f"{name}_passes")
+    found = _number(row, f"{name}_bytes")
+    return None if found is None else found / 2**20
 
 
 def _curves(rows: Sequence[Row]) -> Figure:

@@ -60,7 +60,7 @@ def cpu(report: Report) -> str:
         "**These are not GPU timings.** On a CPU fusedres takes its reference path, which is eager PyTorch, so\n"
         "about 1.0x over eager is expected; what the run shows is that every provider computes the same thing and\n"
         "what conversion costs. One thread.\n\n"
-    ) + timings(report, "cpu")
+    ) + fold(timings(report, "cpu"), "CPU timings")
 
 
 def timings(report: Report, device: str) -> str:
@@ -75,7 +75,11 @@ def timings(report: Report, device: str) -> str:
     )
     for suite, some in suites.items():
         images = report.images(device, suite, f"{suite}: speed over eager")
-        everything = listing(some, TIMES) if len(some) <= LISTED else f"All figures are in `{report.folder}/`.\n"
+        everything = (
+            listing(some, TIMES)
+            if len(some) <= LISTED
+            else f"All figures are in `{report.folder}/{device}/{suite}.jsonl`.\n"
+        )
         cases = f"{pivot(some, CASE, case, speed)}\n{images}\n{everything}"
         text += fold(cases, f"<code>{suite}</code>: {len(some)} measurements")
     return f"{text}\n"

@@ -140,7 +140,7 @@ PROVIDERS = {
         Provider("fusedres", True, fused),
         Provider("fusedres + compile", True, _fuse_and_compile, compiles=True, quick=False),
         Provider("fusedres + CUDA graph", True, _fuse_and_capture, needs_gpu=True),
-        Provider("attorch", False, rivals.attorch, needs_gpu=True, needs="attorch", layers=_NORMS),
+        Provider("attorch", False, rivals.attorch, needs_gpu=True, needs="attorch", layers=(*_NORMS, "ln-linear-relu")),
         Provider("cuDNN", True, rivals.cudnn, needs_gpu=True, needs="cudnn", layers=_NORMS),
     )
 }  # fmt: skip

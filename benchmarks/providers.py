@@ -175,6 +175,6 @@ def instantiate(provider: Provider, model: nn.Module, device: torch.device, *, c
         memory_format = torch.channels_last
         module = module.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     call = provider.prepare(module)
-    holder = call.module if isinstance(call, Graphed) else getattr(call, "_orig_mod", call)
+    holder: Any = call.module if isinstance(call, Graphed) else getattr(call, "_orig_mod", call)
     optimizer = torch.optim.SGD(holder.parameters(), lr=0.01, momentum=0.9)
     return Instance(provider, holder, call, optimizer, memory_format)

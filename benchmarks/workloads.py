@@ -215,7 +215,7 @@ def _shapes_of(build: Callable[[], nn.Module]) -> Iterator[Norm]:
     def note(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         sizes[names[norm]] = tuple(inputs[0].shape[1:])
 
-    names = {norm: name for name, norm in norms.items()}
+    names: dict[nn.Module, str] = {norm: name for name, norm in norms.items()}
     for norm in names:
         norm.register_forward_pre_hook(note)
     model(x)

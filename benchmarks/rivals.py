@@ -49,15 +49,16 @@ def attorch(model: nn.Module) -> nn.Module:
 def cudnn(model: nn.Module) -> nn.Module:
     """``model`` by cuDNN's graphs, with the same tensors under the same names; its tensors are on one GPU.
 
-    Training is the pair of graphs that NVIDIA's tests have for residual networks: BatchNorm, add, ReLU and one bit an
-    element for its sign; and the product with those bits, which is the residual's gradient, with BatchNorm's backward.
-    In evaluation mode, where the BatchNorm operation alone has no kernels, it is a graph of pointwise operations. All
-    are in NHWC; a tensor in another format is copied. They are built at the first call of every shape and dtype.
+    Training is the pair of graphs that NVIDIA has samples of: BatchNorm, add, ReLU and one bit an element for its sign;
+    and the product with those bits, which is the residual's gradient, with BatchNorm's backward. Evaluation, of which
+    there is no sample by itself, is a graph of pointwise operations. All are in NHWC; a tensor in another format is
+    copied. They are built at the first call of every shape and dtype.
 
     Raises:
         ImportError: cudnn-frontend cannot be imported.
-        Unsupported: another layer, or parameters that are not float32; at a call, what no kernel of cuDNN covers (its
-            BatchNorm is for multiples of 8 channels in 16 bits, of 4 in float32) and gradients in evaluation mode.
+        Unsupported: another layer, or parameters that are not float32; at a call, gradients in
+            evaluation mode and what no kernel of cuDNN covers (its guide asks for multiples of 8 channels in 16 bits
+            and of 4 in float32).
     """
     package = _package("cudnn", "cuDNN", "pip install nvidia-cudnn-frontend")
     bn = _bn(model, "cuDNN")
@@ -166,6 +167,7 @@ class _Graph:
         return self._input(name, (1, 1, 1, 1), self.types.FLOAT, by_value=True)
 
     def zeros(self, name: str) -> Any:
+        """An activation of zeros. The comparison has one in NVIDIA's tests of BatchNorm; of LayerNorm, a scalar."""
         self.constants[name] = torch.zeros(self.shape.numel(), dtype=self.dtype, device=self.device)
         return self.activation(name)
 

@@ -21,7 +21,7 @@ from benchmarks.workloads import Workload, linear_layers, norm_layer
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEAR = linear_layers(24, 24, "float32", (8,), compiled=())[0]
-NORM = norm_layer("bn+relu", 8, 6, 6, "float32", (2,), compiled=False)
+NORM = norm_layer("bn+relu", 8, 6, 6, dtype="float32", batches=(2,), compiled=False)
 
 
 class Benchmark:

@@ -37,7 +37,9 @@ def listing(rows: Sequence[Row], columns: Sequence[Column], empty: str = NOT_MEA
     """One row a line, with those columns that any row has; a row without figures shows its status."""
     columns = [column for column in columns if any(row.figures.get(column.figure) is not None for row in rows)]
     header = [*CASE, "provider", *(column.heading for column in columns)]
-    return table(header, ([*case(row), row.provider, *(cell(row, column, empty) for column in columns)] for row in rows))
+    return table(
+        header, ([*case(row), row.provider, *(cell(row, column, empty) for column in columns)] for row in rows)
+    )
 
 
 def pivot(

@@ -15,7 +15,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from benchmarks import results
 from benchmarks.errors import BenchmarkError
-from benchmarks.reporting import plots, readme, timings
+from benchmarks.reporting import page, plots, readme, timings
 from benchmarks.reporting.report import load
 from benchmarks.results import Key, Row
 from benchmarks.suite import Suite
@@ -235,6 +235,12 @@ def test_the_page_needs_no_other_file_and_lists_every_row(files: dict[str, bytes
         assert shown in text, shown
     images = [base64.b64decode(image) for image in re.findall(r'data:image/svg\+xml;base64,([^"]+)', text)]
     assert images == [content for name, content in files.items() if name != readme.PAGE]
+
+
+def test_the_page_says_what_came_nearest_to_its_limit() -> None:
+    check = {"ok": True, "loads": [128, 64], "outputs_l2": [1e-3, 2e-3], "outputs_max": [3e-3, 4e-3], "losses": [1, 2]}
+    text = page.render({("cpu", "mlp"): [row("mlp", check=check)]}, {})
+    assert "<td>outputs_max: 0.003 of 0.004</td>" in text
 
 
 def test_a_row_of_another_schema_leaves_everything_as_it_is(folder: Path) -> None:

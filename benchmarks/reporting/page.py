@@ -67,7 +67,7 @@ def _text(value: float | str | None) -> str:
 
 def _check(row: Row) -> str:
     """The quantity that came nearest to its limit, or went furthest beyond."""
-    pairs = {name: value for name, value in row.check.items() if isinstance(value, list) and len(value) == 2}
+    pairs = {name: value for name, value in row.check.items() if name.endswith(("_l2", "_max"))}
     if not pairs:
         return ""
     name = max(pairs, key=lambda name: pairs[name][0] / max(pairs[name][1], 1e-300))

@@ -26,8 +26,8 @@ def traffic(report: Report) -> str:
         "BatchNorm: issued bytes, in passes over one activation (one pass reads or writes it once). Functions with a\n"
         "product, M×K×N of M rows: KiB, each byte once a tensor and launch, as operands come from a cache again;\n"
         "ATen's are the products of the vendor library. `vectors`: the largest share of vectors and partial sums.\n"
-        "In brackets, where it is known: what all operators of eager PyTorch move, counted, and what the code of others\n"
-        "was read to move. These are byte counts, not times.\n"
+        "In brackets, where it is known: what all operators of eager PyTorch move, counted, and what the code of\n"
+        "others was read to move. These are byte counts, not times.\n"
         f"{where(rows)}\n\n{counts(named)}\n"
     )
     if any(name.startswith(PREDICTED) for row in named for name in row.figures):

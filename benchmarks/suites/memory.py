@@ -99,17 +99,21 @@ def run(request: Request, cases: Sequence[Case]) -> Iterator[Row]:
     """Measure each case in a process of its own."""
     deadline = time.monotonic() + request.seconds
     for case in cases:
-        if time.monotonic() > deadline:
-            yield from (_row(case, provider, {"status": "not measured", "note": "out of time"}) for provider in
-                        case.providers)  # fmt: skip
-            continue
-        try:
-            answers = ask("benchmarks.suites.memory", asdict(case), INTERPRETED if case.device == "cpu" else {})
-        except BenchmarkError as error:
-            answers = {provider: {"status": "failed", "note": str(error)} for provider in case.providers}
+        answers = _unmeasured(case) if time.monotonic() > deadline else _ask(case)
         baseline = answers[case.baseline].get("figures", {}).get("saved_mib")
         for provider in case.providers:
             yield _row(case, provider, answers[provider], baseline)
+
+
+def _unmeasured(case: Case, status: str = "not measured", note: str = "out of time") -> dict[str, dict[str, Any]]:
+    return {provider: {"status": status, "note": note} for provider in case.providers}
+
+
+def _ask(case: Case) -> dict[str, dict[str, Any]]:
+    try:
+        return ask("benchmarks.suites.memory", asdict(case), INTERPRETED if case.device == "cpu" else {})
+    except BenchmarkError as error:
+        return _unmeasured(case, "failed", str(error))
 
 
 def _row(case: Case, provider: str, answer: dict[str, Any], baseline: float | None = None) -> Row:
@@ -119,8 +123,7 @@ def _row(case: Case, provider: str, answer: dict[str, Any], baseline: float | No
     )  # fmt: skip
     if row.figures:
         saved = row.figures["saved_mib"]
-        comparable = baseline and saved is not None and row.status == "ok"
-        row.figures["saved_share"] = round(saved / baseline, 4) if comparable else None
+        row.figures["saved_share"] = round(saved / baseline, 4) if saved and baseline and row.status == "ok" else None
     return row
 
 

@@ -1,4 +1,4 @@
-"""What is said of torch.compile is what it did: kernels, operators, graph breaks, recompilations; and what we launch."""
+"""What is said of torch.compile is what it did: kernels, operators, graph breaks, recompilations; and launches."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def call(self, args):
 
 
 @pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)  # no probes: they take longer than the rest
 
 
 def test_calls_in_generated_code() -> None:
@@ -51,7 +52,7 @@ def test_calls_in_generated_code() -> None:
     assert len(EXTERN.findall(CODE)) == 3, "not names in assertions and comments, and not our operators"
 
 
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("empty_cache")
 def test_accounts_of_a_compiled_step() -> None:
     """One kernel reads 8 x 8 floats and writes as many; a product is left to the library; a print breaks the graph."""
     weight = torch.randn(8, 8)
@@ -64,6 +65,8 @@ def test_accounts_of_a_compiled_step() -> None:
 
     found = compiled(lambda: step(torch.randn(8, 8)))
     assert found == Compiled(generated=1, extern=1, generated_bytes=2 * 4 * 64, graph_breaks=1)
+    again = compiled(lambda: step(torch.randn(8, 8)))
+    assert again == Compiled(None, None, None, graph_breaks=1), "out of a cache, which says nothing"
 
 
 def test_recompilations() -> None:

@@ -28,10 +28,10 @@ FREE = ALLOCATIONS | {"detach", "as_strided_"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one step calls. ``generated_bytes`` are Inductor's figure of what its kernels move; ``None`` without one."""
+    """What one step calls, and what Inductor says that its kernels move; ``None`` for what came out of a cache."""
 
-    generated: int
-    extern: int
+    generated: int | None
+    extern: int | None
     generated_bytes: int | None
     graph_breaks: int
 
@@ -59,14 +59,13 @@ def compiled(step: Callable[[], object]) -> Compiled:
         _, codes = run_and_get_code(step)
     finally:
         set_logs()
+    breaks = sum(counters["graph_break"].values())
+    if counters["inductor"]["fxgraph_cache_hit"] or counters["aot_autograd"]["autograd_cache_hit"]:
+        return Compiled(None, None, None, breaks)
     source = "\n".join(codes)
     sizes = [4 * words for node, words in metrics.nodes_num_elem if not isinstance(node, ExternKernelSchedulerNode)]
-    return Compiled(
-        generated=len(GENERATED.findall(source)),
-        extern=len(EXTERN.findall(source)),
-        generated_bytes=sum(sizes) if metrics.nodes_num_elem else None,
-        graph_breaks=sum(counters["graph_break"].values()),
-    )
+    moved = sum(sizes) if metrics.nodes_num_elem else None
+    return Compiled(len(GENERATED.findall(source)), len(EXTERN.findall(source)), moved, breaks)
 
 
 def recompilations(step: Callable[[int], object], batches: list[int]) -> list[int]:

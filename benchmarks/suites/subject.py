@@ -58,14 +58,14 @@ SUBJECTS = {
     for subject in (
         Subject("basic block", basic_block, basic_block, 64, (64, 56, 56), (64, 8, 8)),
         Subject(
-            "resnet34", models.resnet34, partial(models.ResNet, models.BasicBlock, ONE_A_STAGE, width=16), 1000
+            "resnet34", models.resnet34, partial(models.ResNet, models.BasicBlock, ONE_A_STAGE, width=8), 1000
         ),
         Subject(
-            "resnet50", models.resnet50, partial(models.ResNet, models.Bottleneck, ONE_A_STAGE, width=16), 1000
+            "resnet50", models.resnet50, partial(models.ResNet, models.Bottleneck, ONE_A_STAGE, width=8), 1000
         ),
         Subject(
             "preact_resnet50", models.preact_resnet50,
-            partial(models.PreActResNet, models.PreActBottleneck, ONE_A_STAGE, width=16), 1000,
+            partial(models.PreActResNet, models.PreActBottleneck, ONE_A_STAGE, width=8), 1000,
         ),
         Subject(
             "residual_mlp", models.residual_mlp, partial(models.residual_mlp, width=64, depth=2), 102,

@@ -28,10 +28,11 @@ from benchmarks.instruments.apart import INTERPRETED, ask, caches
 from benchmarks.instruments.compiled import AtenCalls, compiled, counted_launches, recompilations
 from benchmarks.instruments.interpreter import fast_interpreter
 from benchmarks.instruments.saved import saved_for_backward
+from benchmarks.parity import first_line
 from benchmarks.providers import Instance, Provider, instantiate
 from benchmarks.results import Key, Row
 from benchmarks.suite import Request, Suite
-from benchmarks.suites.subject import SUBJECTS, Subject, check, first_line, kernels_skipped
+from benchmarks.suites.subject import SUBJECTS, Subject, check, kernels_skipped
 
 MODES = ("training", "inference")
 MIB = 2**20

@@ -24,10 +24,11 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.instruments.apart import INTERPRETED, ask
 from benchmarks.instruments.interpreter import fast_interpreter
 from benchmarks.instruments.saved import peak_bytes, saved_for_backward
+from benchmarks.parity import first_line
 from benchmarks.providers import BASELINE, EAGER, PROVIDERS, Instance, instantiate
 from benchmarks.results import Key, Row
 from benchmarks.suite import Request, Suite
-from benchmarks.suites.subject import SUBJECTS, Subject, check, first_line, kernels_skipped
+from benchmarks.suites.subject import SUBJECTS, Subject, check, kernels_skipped
 
 GPU_PROVIDERS = (EAGER, BASELINE, "torch.compile", "fusedres", "fusedres + compile")
 CPU_PROVIDERS = (EAGER, BASELINE, "fusedres")  # the C++ compiler takes minutes for a network

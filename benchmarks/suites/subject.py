@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import parity
 from benchmarks.providers import Instance
+from benchmarks.timing import Batch
 from fusedres import models
 
 ONE_A_STAGE = [1, 1, 1, 1]
@@ -81,14 +82,19 @@ def check(
     """The verdict on ``instance``, which was made from ``model``, at inputs of ``shape``.
 
     The first that is right of a few inputs counts, as a sign that flips at a ReLU by rounding makes one wrong.
+
+    Raises:
+        RuntimeError: ``instance`` cannot run.
     """
     device = next(instance.module.parameters()).device
     target = subject.labels(shape[0], device)
     verdict: dict[str, Any] = {"ok": False}
     for seed in range(1, parity.INPUTS + 1):
         x = subject.input(shape, device, seed)
-        found = parity.check([instance], model, [x], target, dtype, channels_last=subject.channels_last)
+        found = parity.check([instance], model, [Batch((x,), target)], dtype, channels_last=subject.channels_last)
         verdict = found[instance.provider.name]
+        if "error" in verdict:
+            raise RuntimeError(verdict["error"])
         if verdict["ok"]:
             break
     return verdict
@@ -104,7 +110,3 @@ def kernels_skipped(device: torch.device) -> Iterator[None]:
 
     with mock.patch.object(interpreter.GridExecutor, "__call__", lambda *_, **__: None):
         yield
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -24,7 +24,7 @@ from benchmarks.suite import Request, drive
 from benchmarks.suites import ALL, SUITES
 from benchmarks.workloads import DTYPES
 
-CONSOLE = Console(width=None if sys.stdout.isatty() else 150)
+CONSOLE = Console(width=None if sys.stdout.isatty() else 170)
 warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")  # by us, on purpose
 
 
@@ -112,7 +112,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     return Request(
         device, arguments.output, names(arguments.dtype), names(arguments.batch), names(arguments.provider),
         names(arguments.workload), arguments.quick or (device.type == "cpu" and not arguments.full),
-        arguments.seconds, arguments.fresh, arguments.interpreted_steps,
+        arguments.seconds, arguments.fresh, interpreted_steps=arguments.interpreted_steps,
     )  # fmt: skip
 
 

@@ -83,8 +83,14 @@ def _processor() -> str:
 
 @functools.cache
 def _driver() -> str | None:
-    output = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return output.splitlines()[0] if output else None
+    found = gpu_query("driver_version")
+    return found[0] if found else None
+
+
+def gpu_query(*fields: str) -> list[str] | None:
+    """What nvidia-smi says of the first GPU; ``None`` where there is no such program."""
+    output = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"])
+    return [field.strip() for field in output.splitlines()[0].split(",")] if output else None
 
 
 def _output(command: list[str]) -> str | None:

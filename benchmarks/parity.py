@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.errors import allowed, errors, undecided
 from benchmarks.providers import Instance
-from benchmarks.timing import autocast
+from benchmarks.timing import Batch, as_tuple, autocast
 
 # The smallest error over so many inputs is compared. A wrong formula is wrong for every input; a sign that flips at
 # a ReLU because a value rounded to the other side of zero is not, and raises float32 gradients' error a hundredfold.
@@ -23,8 +23,7 @@ Errors = dict[str, tuple[float, float]]  # what -> relative error in the 2-norm 
 def check(
     instances: list[Instance],
     model: nn.Module,
-    inputs: list[Tensor],
-    target: Tensor,
+    batches: list[Batch],
     dtype: torch.dtype,
     *,
     channels_last: bool = True,
@@ -32,46 +31,67 @@ def check(
     """Compare each instance with float64 eager from the weights of ``model``; a verdict and the errors by name.
 
     An error passes up to twice that of eager, the larger one of its two memory formats, plus 4 eps; eager's are
-    taken here whatever ``instances`` holds.
+    taken here whatever ``instances`` holds. Where an instance raises, its verdict has the reason as ``error``.
 
     Args:
-        model: on any device, its weights in the dtype of ``inputs``; those and ``target`` are on the device of
+        model: on any device, in the dtype that the layer has, or that of a model in training.
+        batches: of labels of a classifier, or of cotangents of a layer with at most one ReLU; on the device of
             ``instances``.
-        target: labels of a classifier, or the cotangent of a layer with one ReLU.
         channels_last: whether there are two memory formats of the input.
     """
-    device = target.device
+    device = batches[0].inputs[0].device
     exact = copy.deepcopy(model).to(device, torch.float64)
     plain = copy.deepcopy(model).to(device)
     state = copy.deepcopy(plain.state_dict())
     found: dict[str, list[Errors]] = {i.provider.name: [] for i in instances}
+    failed: dict[str, str] = {}
     formats = (torch.contiguous_format, torch.channels_last) if channels_last else (torch.contiguous_format,)
     eager: list[list[Errors]] = [[] for _ in formats]
-    for x in inputs:
-        wanted = _without_ties(exact, x, target, dtype) if target.is_floating_point() else target
-        reference = _evaluate(exact, exact, state, x.double(), wanted, torch.float64)
+    for batch in batches:
+        wanted = batch if isinstance(batch.target, Tensor) else _without_ties(exact, batch, dtype)
+        reference = _evaluate(exact, exact, state, _double(wanted), torch.float64)
         for rows, memory_format in zip(eager, formats, strict=True):
-            actual = _evaluate(plain, plain, state, x.contiguous(memory_format=memory_format), wanted, dtype)
+            actual = _evaluate(plain, plain, state, wanted.formatted(memory_format), dtype)
             rows.append(_compare(actual, reference))
         for instance in instances:
-            x = x.contiguous(memory_format=instance.memory_format)
-            actual = _evaluate(instance.module, instance.call, state, x, wanted, dtype)
-            found[instance.provider.name].append(_compare(actual, reference))
-    return {name: _verdict(rows, eager, dtype) for name, rows in found.items()}
+            name = instance.provider.name
+            try:
+                formatted = wanted.formatted(instance.memory_format)
+                actual = _evaluate(instance.module, instance.call, state, formatted, dtype)
+            except Exception as error:  # a provider that cannot run is a result, not the end of the benchmark
+                failed[name] = first_line(error)
+                continue
+            found[name].append(_compare(actual, reference))
+    return {
+        name: {"ok": False, "error": failed[name]} if name in failed else _verdict(rows, eager, dtype)
+        for name, rows in found.items()
+    }
 
 
-def _without_ties(exact: nn.Module, x: Tensor, cotangent: Tensor, dtype: torch.dtype) -> Tensor:
-    """The cotangent, zero where the ReLU's input is so near to zero that rounding decides on its sign."""
+def first_line(error: Exception) -> str:
+    """The kind of an error and the beginning of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _double(batch: Batch) -> Batch:
+    return Batch(tuple(x.double() for x in batch.inputs), batch.target)
+
+
+def _without_ties(exact: nn.Module, batch: Batch, dtype: torch.dtype) -> Batch:
+    """With cotangents that are zero where the ReLU's input is so near to zero that rounding decides on its sign."""
     seen: list[Tensor] = []
-    relu = next(m for m in exact.modules() if isinstance(m, nn.ReLU))
+    relu = next((m for m in exact.modules() if isinstance(m, nn.ReLU)), None)
+    if relu is None:
+        return batch
     with torch.no_grad(), relu.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone())):
-        exact(x.double())
+        exact.train()(*_double(batch).inputs)
     [z] = seen
-    return cotangent.masked_fill(undecided(z, dtype), 0)
+    *others, last = batch.target  # the ReLU's result comes last
+    return Batch(batch.inputs, (*others, last.masked_fill(undecided(z, dtype), 0)))
 
 
 def _evaluate(
-    module: nn.Module, call: Callable[..., Any], state: dict[str, Any], x: Tensor, target: Tensor, dtype: torch.dtype
+    module: nn.Module, call: Callable[..., Any], state: dict[str, Any], batch: Batch, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Outputs, gradients and statistics of a training step, and outputs in evaluation mode.
 
@@ -81,19 +101,22 @@ def _evaluate(
     module.load_state_dict(state)
     module.train()
     module.zero_grad(set_to_none=True)
-    layer = target.is_floating_point()
-    x = x.detach().requires_grad_(layer)
-    with autocast(x, dtype):
-        y = call(x)
-        loss = y if layer else F.cross_entropy(y, target)
-    loss.backward(target.to(y.dtype) if layer else None)
-    gradients = {"input": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
+    layer = not isinstance(batch.target, Tensor)
+    inputs = [x.detach().clone().requires_grad_(layer) for x in batch.inputs]
+    with autocast(inputs[0], dtype):
+        outputs = as_tuple(call(*inputs))
+        losses = outputs if layer else (F.cross_entropy(*outputs, batch.target),)  # pyright: ignore
+    cotangents = [c.to(y.dtype) for c, y in zip(batch.target, outputs, strict=True)] if layer else None
+    torch.autograd.backward(losses, cotangents)
+    gradients = {f"input {number}": x.grad for number, x in enumerate(inputs, 1)}
+    gradients |= {name: p.grad for name, p in module.named_parameters()}
     gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     statistics = [b for name, b in module.named_buffers() if "running" in name]
     module.eval()
-    with torch.no_grad(), autocast(x, dtype):
-        evaluated = call(x)
-    found = {"outputs": y.detach() if layer else _flat([y.to(loss), loss]), "evaluation": evaluated}
+    with torch.no_grad(), autocast(inputs[0], dtype):
+        evaluated = as_tuple(call(*(x.detach() for x in inputs)))
+    found = {"outputs": _flat([y.to(losses[0]) for y in (outputs if layer else (*outputs, *losses))])}
+    found["evaluation"] = _flat(list(evaluated))
     if layer:
         found |= {f"gradient of {name}": gradient.clone() for name, gradient in gradients.items()}
     else:

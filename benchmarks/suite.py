@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ class Request:
         quick: the most telling part.
         seconds: begin nothing new of a suite after so long.
         fresh: measure again what is there.
+        there: what need not be measured; a suite may still do so beside the rest of a case.
         interpreted_steps: of ``train``, with interpreted kernels.
     """
 
@@ -41,6 +42,7 @@ class Request:
     quick: bool = True
     seconds: float = 300
     fresh: bool = False
+    there: frozenset[Key] = frozenset()
     interpreted_steps: int = 40
 
     @property
@@ -91,8 +93,10 @@ def drive(suite: Suite, request: Request, cases: Sequence[Case], console: Consol
     """Measure those of ``cases`` that are not there yet, save every row as it comes, and show all rows of ``cases``."""
     path = suite.path(request)
     results.tidy(path)
-    there = set() if request.fresh else results.measured(results.read(path), describe(suite.device(request)))
-    missing = [case for case in cases if not there.issuperset(case.keys)]
+    if not request.fresh:
+        there = results.measured(results.read(path), describe(suite.device(request)))
+        request = replace(request, there=frozenset(there))
+    missing = [case for case in cases if not request.there.issuperset(case.keys)]
     if len(missing) < len(cases):
         console.print(f"{suite.name}: {len(cases) - len(missing)} of {len(cases)} cases are there; --fresh repeats them")
     unmeasured: dict[Key, Row] = {}

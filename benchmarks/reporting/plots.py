@@ -16,8 +16,8 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.results import Row
 from benchmarks.timing import STEPS
 
-COLOURS = dict(zip(PROVIDERS, ("#999999", "#000000", "#E69F00", "#0072B2"), strict=True))
-MARKERS = dict(zip(PROVIDERS, "sDo^", strict=True))
+COLOURS = dict(zip(PROVIDERS, ("#999999", "#000000", "#E69F00", "#0072B2")*3))
+MARKERS = dict(zip(PROVIDERS, "sDo^"*3))
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)))
 
 

@@ -12,7 +12,7 @@ from benchmarks.environment import ROOT
 from benchmarks.errors import BenchmarkError
 from benchmarks.reporting import plots
 from benchmarks.results import Row
-from benchmarks.workloads import SUITES, workloads
+from benchmarks.workloads import TIMED as SUITES, workloads
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.suite import Suite
+from benchmarks.suites import timed, train
 
-SUITES: dict[str, Suite] = {}
-ALL: tuple[str, ...] = ()  # what `all` measures, in this order
+SUITES = {suite.name: suite for suite in (*timed.TIMED_SUITES, train.SUITE)}
+ALL = tuple(name for name in SUITES if name != "train")  # in this order

@@ -133,6 +133,9 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
         return float((model(images).argmax(1) == labels).double().mean())
 
 
+EAGER_RUNS = ("channels-last", "channels-last, batches turned around", "NCHW", "NCHW, without oneDNN")
+
+
 def eager_runs(recipe: Recipe) -> dict[str, Curve]:
     """One model trained by eager PyTorch with sums taken in different orders.
 
@@ -142,12 +145,10 @@ def eager_runs(recipe: Recipe) -> dict[str, Curve]:
     model = build_model(recipe.seed)
     with torch.backends.mkldnn.flags(enabled=False):
         own = train(copy.deepcopy(model), recipe, channels_last=False)
-    return {
-        "channels-last": train(copy.deepcopy(model), recipe),
-        "channels-last, batches turned around": train(copy.deepcopy(model), recipe, backwards=True),
-        "NCHW": train(copy.deepcopy(model), recipe, channels_last=False),
-        "NCHW, without oneDNN": own,
-    }
+    last = train(copy.deepcopy(model), recipe)
+    turned = train(copy.deepcopy(model), recipe, backwards=True)
+    plain = train(copy.deepcopy(model), recipe, channels_last=False)
+    return dict(zip(EAGER_RUNS, (last, turned, plain, own), strict=True))
 
 
 def fused_run(recipe: Recipe) -> Curve:

@@ -1,167 +1,249 @@
-"""Timings of models and layers, training and inference, every provider interleaved in one run."""
+"""Timings of layers and models, training and inference, every provider interleaved in one run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from functools import cached_property
-from itertools import product
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import groupby
+from typing import Any
 
 import torch
 import torch.compiler.config
+from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import parity
+from benchmarks import machine, parity, timing
 from benchmarks.environment import describe
-from benchmarks.providers import Instance, Provider, instantiate
-from benchmarks.results import Row
-from benchmarks.timing import STEPS, Step, interleave, peak_memory_mib, seconds, summary
-from benchmarks.workloads import DTYPES, Workload
+from benchmarks.providers import Instance, Provider, instantiate, select
+from benchmarks.results import Key, Row
+from benchmarks.rivals import Unsupported
+from benchmarks.suite import Request, Suite
+from benchmarks.timing import STEPS, Batch, Step
+from benchmarks.workloads import DTYPES, TIMED, Workload, workloads
 
-CASE_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 5.0, 10, 100
-Case = tuple[str, int]  # mode and batch
+MODEL_SECONDS, LAYER_SECONDS = 5.0, 0.5  # of timed rounds, for each case and mode
+WARM_UP = 0.2  # of those seconds
+MIN_ROUNDS, MAX_ROUNDS = 20, 200
+HEADER = ("workload", "mode", "batch", "dtype", "provider", "ms", "quartiles", "forward + backward", "host µs",
+          "MiB", "speedup", "interval", "check")  # fmt: skip
 
 
-def count(providers: list[Provider], chosen: list[Workload]) -> int:
-    """How many rows :func:`run` yields."""
-    return sum(len(STEPS) * len(workload.batches) * len(workload.entrants(providers)) for workload in chosen)
+@dataclass(frozen=True)
+class Timed:
+    """A workload at one batch size: both modes of every provider come from one run."""
+
+    suite: str
+    of: Workload
+    batch: int
+    providers: tuple[Provider, ...]
+
+    @property
+    def workload(self) -> str:
+        return self.of.name
+
+    @property
+    def keys(self) -> list[Key]:
+        return [self.row(mode, provider).key for mode in STEPS for provider in self.providers]
+
+    def row(self, mode: str, provider: Provider, status: str = "ok", note: str = "") -> Row:
+        layout = "contiguous"
+        if self.of.channels_last:
+            layout = "channels-last" if provider.channels_last else "NCHW"
+        shape = [self.batch, *self.of.sample]
+        return Row(self.suite, self.workload, mode, provider.name, shape, self.of.dtype, layout, status, note=note)
+
+    def without(self, there: frozenset[Key]) -> Timed:
+        """With the providers that are missing, and the baseline, which is measured again beside them."""
+        missing = [p for p in self.providers if not there.issuperset(self.row(mode, p).key for mode in STEPS)]
+        return replace(self, providers=tuple(self.of.entrants(missing)))
 
 
-def run(
-    suite: str, device: torch.device, providers: list[Provider], chosen: list[Workload], *, seconds_limit: float
-) -> Iterator[Row]:
-    """Measure; what was not begun after ``seconds_limit`` comes out as rows that say so."""
-    if device.type == "cpu":
+def plan(suite: str, request: Request) -> list[Timed]:
+    """Every workload at its first batch size, then at its second, and so on."""
+    chosen = select(request.providers, request.device, quick=request.quick)
+    cases = [
+        (number, Timed(suite, workload, batch, tuple(workload.entrants(chosen))))
+        for workload in workloads(suite, request)
+        for number, batch in enumerate(workload.batches)
+    ]
+    return [case for _, case in sorted(cases, key=lambda numbered: numbered[0])]
+
+
+def run(request: Request, cases: Sequence[Timed]) -> Iterator[Row]:
+    """Measure; what was not begun in time comes out as rows that say so."""
+    if request.device.type == "cpu":
         torch.set_num_threads(1)  # more threads wait for each other wherever the machine has other work
-    deadline = time.monotonic() + seconds_limit
-    for workload in chosen:
-        torch.compiler.reset()
-        measurement = _Measurement(suite, workload, workload.entrants(providers), device)
-        for batch in workload.batches:
+    deadline = time.monotonic() + request.seconds
+    for workload, group in groupby(cases, key=lambda case: case.of):
+        measurement = _Measurement(workload, request.device)
+        for case in group:
             if time.monotonic() > deadline:
-                yield from measurement.missing(batch)
+                yield from (case.row(m, p, "not measured", "out of time") for m in STEPS for p in case.providers)
                 continue
             # Without caches the first step shows the compile time.
             with torch.compiler.config.patch(force_disable_caches=True):  # pyright: ignore[reportAttributeAccessIssue]
-                yield from measurement.rows(batch)
+                yield from measurement.rows(case.without(request.there))
 
 
 class _Measurement:
-    """One workload. Of each batch: first steps, the correctness check, then the timings."""
+    """One workload. Of each case: first steps, the correctness check, then the timings."""
 
-    def __init__(self, suite: str, workload: Workload, providers: list[Provider], device: torch.device) -> None:
-        self.suite, self.workload, self.providers, self.device = suite, workload, providers, device
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        torch.compiler.reset()
+        self.workload, self.device = workload, device
         self.dtype = DTYPES[workload.dtype]
-        self.first: dict[tuple[str, int, str], float] = {}
-        self.broken: dict[tuple[str, int, str], tuple[str, str]] = {}
-        self.verdicts: dict[tuple[int, ...], dict[str, dict]] = {}
+        self.environment = describe(device) | machine.ceilings(device)
 
-    def missing(self, batch: int) -> Iterator[Row]:
-        for mode, provider in product(STEPS, self.providers):
-            yield self._row((mode, batch), provider, "not measured", note="out of time")
-
-    def rows(self, batch: int) -> Iterator[Row]:
+    def rows(self, case: Timed) -> Iterator[Row]:
+        instances, rejected = self._instances(case)
+        batches = self._batches((case.batch, *self.workload.sample))
+        steps = {(mode, i.provider.name): STEPS[mode](i, batches, self.dtype) for mode in STEPS for i in instances}
+        first, broken = self._first_steps(steps)
+        broken |= {(mode, name): ("failed", reason) for mode in STEPS for name, reason in rejected.items()}
+        able = [i for i in instances if not any((mode, i.provider.name) in broken for mode in STEPS)]
+        verdicts = self._check(case, able)
         for mode in STEPS:
-            self._first_steps((mode, batch))
-        shape = self.workload.checked(batch)
-        if shape not in self.verdicts:
-            self.verdicts[shape] = self._check(shape)
-        for mode in STEPS:
-            yield from self._case((mode, batch), self.verdicts[shape])
+            runnable = {name: step for (of, name), step in steps.items() if of == mode and (of, name) not in broken}
+            figures = self._figures(case, mode, runnable)
+            environment = self.environment | machine.conditions(self.device)
+            for provider in case.providers:
+                name = provider.name
+                row = case.row(mode, provider, *broken.get((mode, name), ("ok", "")))
+                row.environment = environment
+                if name in figures:
+                    _fill(row, verdicts.get(name, {"ok": False}), figures[name] | {"first_step_s": first[mode, name]})
+                yield row
 
     @cached_property
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.workload.build().to(self._input_dtype)
+        weights = DTYPES[self.workload.weights or self.workload.dtype] if self.workload.layer else torch.float32
+        return self.workload.build().to(weights)
 
-    @cached_property
-    def instances(self) -> list[Instance]:
-        return [
-            instantiate(provider, self.model, self.device, channels_last=self.workload.channels_last)
-            for provider in self.providers
-        ]
-
-    @property
-    def _input_dtype(self) -> torch.dtype:
-        return self.dtype if self.workload.layer else torch.float32
-
-    def _first_steps(self, case: Case) -> None:
-        for instance, step in zip(self.instances, self._steps(case, self.instances), strict=True):
-            key = (*case, instance.provider.name)
+    def _instances(self, case: Timed) -> tuple[list[Instance], dict[str, str]]:
+        """Those that can be made, and why the others cannot."""
+        instances, rejected = [], {}
+        for provider in case.providers:
             try:
-                self.first[key] = seconds(step, self.device)
+                instance = instantiate(
+                    provider, self.model, self.device, channels_last=self.workload.channels_last
+                )  # fmt: skip
+            except (Unsupported, ImportError) as error:
+                rejected[provider.name] = parity.first_line(error)
+            else:
+                instances.append(instance)
+        return instances, rejected
+
+    def _first_steps(self, steps: dict[tuple[str, str], Step]) -> tuple[dict, dict[tuple[str, str], tuple[str, str]]]:
+        """Seconds of the first step by mode and provider, and status and note of those that could not run."""
+        first, broken = {}, {}
+        for key, step in steps.items():
+            try:
+                first[key] = round(timing.seconds(step, self.device), 3)
             except torch.OutOfMemoryError:
-                self.broken[key] = ("OOM", "")
-                instance.optimizer.zero_grad(set_to_none=True)
+                broken[key] = ("OOM", "")
                 torch.cuda.empty_cache()
             except Exception as error:  # a provider that cannot run is a result, not the end of the benchmark
-                self.broken[key] = ("failed", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                broken[key] = ("failed", parity.first_line(error))
+        return first, broken
 
-    def _check(self, shape: tuple[int, ...]) -> dict[str, dict]:
-        inputs = [self._input(shape, seed) for seed in range(1, parity.INPUTS + 1)]
-        failed = {name for (_, _, name), (status, _) in self.broken.items() if status == "failed"}
-        able = [i for i in self.instances if i.provider.name not in failed]
-        return parity.check(
-            able, self.model, inputs, self._target(shape[0]), self.dtype, channels_last=self.workload.channels_last
-        )
+    def _check(self, case: Timed, instances: list[Instance]) -> dict[str, dict[str, Any]]:
+        shape = self.workload.checked(case.batch)
+        batches = [self._batch(shape, seed) for seed in range(1, parity.INPUTS + 1)]
+        return parity.check(instances, self.model, batches, self.dtype, channels_last=self.workload.channels_last)
 
-    def _case(self, case: Case, verdicts: dict[str, dict]) -> Iterator[Row]:
-        able = [i for i in self.instances if (*case, i.provider.name) not in self.broken]
-        steps = dict(zip((i.provider.name for i in able), self._steps(case, able), strict=True))
-        warm = [seconds(step, self.device) for _ in range(3) for step in steps.values()]
-        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(CASE_SECONDS / max(sum(warm[-len(steps) :]), 1e-9))))
-        peaks = {name: peak_memory_mib(step, self.device) for name, step in steps.items()}
-        samples = interleave(steps, self.device, rounds)
-        figures = {name: summary(values) for name, values in samples.items()}
-        for provider in self.providers:
-            name = provider.name
-            if name not in figures:
-                status, note = self.broken[(*case, name)]
-                yield self._row(case, provider, status, note=note)
-                continue
-            verdict = verdicts.get(name, {"ok": False})
-            row = self._row(case, provider, "ok" if verdict["ok"] else "WRONG", check=verdict)
-            row.figures = self._figures(figures, case, name, peaks[name])
-            if not verdict["ok"]:
-                row.figures["speedup"] = None
-            yield row
+    def _figures(self, case: Timed, mode: str, steps: dict[str, Step]) -> dict[str, dict[str, float | None]]:
+        layer, limit = self.workload.layer, LAYER_SECONDS if self.workload.layer else MODEL_SECONDS
+        round_seconds = timing.warm_up(steps, self.device, WARM_UP * limit)
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(limit / max(round_seconds, 1e-9))))
+        peaks = {name: timing.peak_memory_mib(step, self.device) for name, step in steps.items()}
+        hosts = {name: timing.host_microseconds(step, self.device) if layer else None for name, step in steps.items()}
+        samples = timing.interleave(steps, self.device, rounds, queued=layer)
+        baseline = samples.get(self.workload.baseline)
+        found = {}
+        for name, taken in samples.items():
+            figures = timing.summary(taken)
+            ratio = timing.speedup(baseline, taken) if baseline else {}
+            costs = self._rates(case, mode, figures["ms"] or 0)
+            found[name] = figures | ratio | costs | {"peak_mib": peaks[name], "host_us": hosts[name]}
+        return found
 
-    def _figures(
-        self, figures: dict[str, dict[str, float]], case: Case, name: str, peak: float | None
-    ) -> dict[str, float | None]:
-        median = figures[name]["ms"]
-        baseline = figures.get(self.workload.baseline, {}).get("ms")
-        return {
-            **figures[name],
-            "samples_per_s": round(1e3 * case[1] / median, 2),
-            "first_step_s": round(self.first[(*case, name)], 3),
-            "peak_mib": peak,
-            "speedup": round(baseline / median, 4) if baseline else None,
-        }
+    def _rates(self, case: Timed, mode: str, ms: float) -> dict[str, float | None]:
+        """Samples a second, and what the step needs over its time: beside the machine's own, of bytes or operations."""
+        figures: dict[str, float | None] = {"samples_per_s": round(1e3 * case.batch / ms, 2)}
+        cost = self.workload.cost.get(mode)
+        if cost is not None and cost.bytes:
+            rate = case.batch * cost.bytes / ms / 1e6
+            figures |= {"gb_s": round(rate, 1), "bandwidth_share": self._share(rate, "copy_gb_s")}
+        if cost is not None and cost.flops:
+            rate = case.batch * cost.flops / ms / 1e9
+            figures |= {"tflop_s": round(rate, 3), "matmul_share": self._share(rate, "matmul_tflop_s")}
+        return figures
 
-    def _steps(self, case: Case, instances: list[Instance]) -> list[Step]:
-        mode, batch = case
-        x, target = self._input((batch, *self.workload.sample), 0), self._target(batch)
-        return [STEPS[mode](instance, x, target, self.dtype) for instance in instances]
+    def _share(self, rate: float, ceiling: str) -> float:
+        return round(rate / float(self.environment[ceiling] or 0), 4)
 
-    def _input(self, shape: tuple[int, ...], seed: int) -> Tensor:
+    def _batches(self, shape: tuple[int, ...]) -> list[Batch]:
+        """As many as it takes to leave the L2 cache behind."""
+        first = self._batch(shape, 100)
+        targets = () if isinstance(first.target, Tensor) else first.target
+        size = sum(t.numel() * t.element_size() for t in (*first.inputs, *targets))
+        count = timing.input_sets(size, self.device)
+        return [first, *(self._batch(shape, 100 + seed) for seed in range(1, count))]
+
+    def _batch(self, shape: tuple[int, ...], seed: int) -> Batch:
+        """Inputs, and the labels of a model or the cotangents of a layer."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(shape, generator=generator, device=self.device).to(self._input_dtype)
+        normal = partial(torch.randn, generator=generator, device=self.device)
+        dtype = self.dtype if self.workload.layer else torch.float32
+        inputs = tuple(normal(shape).to(dtype) for _ in range(self.workload.inputs))
+        if not self.workload.layer:
+            return Batch(inputs, torch.randint(*self.workload.output, shape[:1], generator=generator, device=self.device))
+        sizes = [(shape[0], *self.workload.output)] * self._outputs
+        return Batch(inputs, tuple(normal(size).to(dtype) for size in sizes))
 
-    def _target(self, batch: int) -> Tensor:
-        """Labels of a model, the cotangent of a layer."""
-        generator = torch.Generator(self.device).manual_seed(100)
-        if self.workload.layer:
-            size = (batch, self.workload.outputs)
-            return torch.randn(size, generator=generator, device=self.device).to(self.dtype)
-        return torch.randint(self.workload.outputs, (batch,), generator=generator, device=self.device)
+    @cached_property
+    def _outputs(self) -> int:
+        return 2 if self.workload.name.startswith("add+") else 1
 
-    def _row(self, case: Case, provider: Provider, status: str, note: str = "", check: dict | None = None) -> Row:
-        workload, (mode, batch) = self.workload, case
-        layout = "contiguous"
-        if workload.channels_last:
-            layout = "channels-last" if provider.channels_last else "NCHW"
-        return Row(
-            self.suite, workload.name, mode, provider.name, [batch, *workload.sample], workload.dtype, layout, status,
-            {}, check or {}, note, describe(self.device),
+
+def _fill(row: Row, verdict: dict[str, Any], figures: dict[str, float | None]) -> None:
+    """Figures and check; what is wrong has no speedup."""
+    row.figures, row.check = figures, verdict
+    if verdict["ok"]:
+        return
+    row.status, row.note = ("failed", verdict["error"]) if "error" in verdict else ("WRONG", "")
+    row.figures = figures | dict.fromkeys(("speedup", "speedup_low", "speedup_high"))
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Whole steps, and what they are made of."""
+    on_gpu = any(row.environment.get("driver") for row in rows)
+    title = None if on_gpu else (
+        "These are not GPU timings: reduced size, and on a CPU fusedres takes its reference path, so about 1.0x is "
+        "expected."
+    )  # fmt: skip
+    shown = Table(*HEADER, title=title)
+    for row in rows:
+        f = {k: "" if v is None else f"{v:.4g}" for k, v in row.figures.items()}
+
+        def span(first: str, last: str, join: str = "-", f: dict[str, str] = f) -> str:
+            return f"{f[first]}{join}{f[last]}" if f.get(first) else ""
+
+        shown.add_row(
+            row.workload, row.mode, str(row.shape[0]), row.dtype, row.provider, f.get("ms", ""),
+            span("ms_q1", "ms_q3"), span("forward_ms", "backward_ms", " + "), f.get("host_us", ""),
+            f.get("peak_mib", ""), f.get("speedup", ""), span("speedup_low", "speedup_high"),
+            row.status + (f": {row.note}" if row.note else ""),
         )  # fmt: skip
+    return shown
+
+
+SUMMARIES = {
+    "kernels": "every BatchNorm layer of ResNet-34 and -50: training and inference of all providers",
+    "mlp": "LayerNorm, Linear and ReLU in both orders, and residual MLPs",
+    "models": "training steps and inference of whole networks",
+}
+TIMED_SUITES = [Suite(name, SUMMARIES[name], partial(plan, name), run, table) for name in TIMED]

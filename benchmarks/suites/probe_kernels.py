@@ -17,8 +17,10 @@ from triton import knobs
 
 from fusedres.kernels._common import _arrive, _chan_merge, _moments, _normalise, _positive, _rstd
 from fusedres.kernels.layout import alignment
+from fusedres.kernels.tiling import cdiv
 from fusedres.kernels.workspace import counters, num_sms
 
+EPS = 1e-5
 _INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
@@ -155,21 +157,21 @@ def conv1x1(
     Reads x (of every ``stride``-th pixel) and the weight, writes y: the bytes of cuDNN's, and no others.
 
     Returns:
-        y, channels-last, and with ``statistics`` the mean and 1 / sqrt(variance + 1e-5) of its channels, [2, C_out].
+        y, channels-last, and with ``statistics`` the mean and 1 / sqrt(variance + EPS) of its channels, [2, C_out].
     """
     batch, K, H, W = x.shape
     N = weight.shape[0]
     size = (batch, N, (H - 1) // stride + 1, (W - 1) // stride + 1)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     M = y.numel() // N
-    tiles_n = triton.cdiv(N, tile.block_n)
-    programs = max(1, min(triton.cdiv(M, tile.block_m), num_sms(x.device) * tile.per_sm // tiles_n))
+    tiles_n = cdiv(N, tile.block_n)
+    programs = max(1, min(cdiv(M, tile.block_m), num_sms(x.device) * tile.per_sm // tiles_n))
     stats = x.new_empty((2, N), dtype=torch.float32) if statistics else None
     partials = x.new_empty((2, programs, N), dtype=torch.float32) if statistics else None
     _conv1x1_kernel[(programs * tiles_n,)](
         x, weight, y, *(prologue or (None, None, None)), counters(x.device) if statistics else None, partials, stats,
         M, N, K, H, W, programs,
-        EPS=1e-5, STRIDE=stride, EVEN_K=K % tile.block_k == 0, ALIGN_N=alignment(N), ALIGN_K=alignment(K),
+        EPS=EPS, STRIDE=stride, EVEN_K=K % tile.block_k == 0, ALIGN_N=alignment(N), ALIGN_K=alignment(K),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_P=16,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -158,6 +158,7 @@ def test_decisions():
 
 
 @pytest.mark.codegen
+@pytest.mark.floor
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_generated_code(arch):
     """Matrix instructions in all variants of the first two tiles, and no spills on the architectures they are for."""

@@ -8,7 +8,7 @@ OUT ?= gpu-out
 # The oldest supported triton. Its interpreter breaks with numpy 2.4.
 FLOOR_TRITON := 3.6.0
 FLOOR_NUMPY := 2.3.5
-FLOOR_PACKAGES := torch numpy setuptools expecttest hypothesis matplotlib pytest pytest-benchmark pytest-xdist rich scikit-learn
+FLOOR_PACKAGES := torch numpy setuptools expecttest hypothesis jinja2 matplotlib pytest pytest-benchmark pytest-xdist rich scikit-learn
 
 .PHONY: bench test test-floor lint format gpu clean
 .PRECIOUS: $(VENV)/.installed-%

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from rich.console import Console
 
@@ -24,6 +24,7 @@ from benchmarks.suite import Request, drive
 from benchmarks.suites import ALL, SUITES
 from benchmarks.workloads import DTYPES
 
+T = TypeVar("T")
 CONSOLE = Console(width=None if sys.stdout.isatty() else 170)
 warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")  # by us, on purpose
 
@@ -85,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> bool:
     for name, cases in plans.items():
         chosen = [case for case in cases if request.workloads is None or case.workload in request.workloads]
         rows = drive(SUITES[name], request, chosen, CONSOLE)
-        right &= all(row.status in ("ok", "OOM", "not measured") for row in rows)
+        right &= all(row.status not in ("WRONG", "failed") for row in rows)
     if request.folder.resolve() == results.RESULTS:
         readme.update()
         CONSOLE.print("The README's tables and the plots are up to date with the rows.")
@@ -106,12 +107,12 @@ def _request(arguments: argparse.Namespace) -> Request:
             raise BenchmarkError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     providers.select(arguments.provider, device)
 
-    def names(values: list[str] | None) -> tuple[str, ...] | None:
+    def once(values: list[T] | None) -> tuple[T, ...] | None:
         return None if values is None else tuple(dict.fromkeys(values))
 
     return Request(
-        device, arguments.output, names(arguments.dtype), names(arguments.batch), names(arguments.provider),
-        names(arguments.workload), arguments.quick or (device.type == "cpu" and not arguments.full),
+        device, arguments.output, once(arguments.dtype), once(arguments.batch), once(arguments.provider),
+        once(arguments.workload), arguments.quick or (device.type == "cpu" and not arguments.full),
         arguments.seconds, arguments.fresh, interpreted_steps=arguments.interpreted_steps,
     )  # fmt: skip
 

@@ -140,7 +140,7 @@ PROVIDERS = {
         Provider("fusedres", True, fused),
         Provider("fusedres + compile", True, _fuse_and_compile, compiles=True, quick=False),
         Provider("fusedres + CUDA graph", True, _fuse_and_capture, needs_gpu=True),
-        Provider("attorch", False, rivals.attorch, needs_gpu=True, needs="attorch", layers=_NORMS),
+        Provider("attorch", False, rivals.attorch, needs_gpu=True, needs="attorch", layers=(*_NORMS, "ln-linear-relu")),
         Provider("cuDNN", True, rivals.cudnn, needs_gpu=True, needs="cudnn", layers=_NORMS),
     )
 }  # fmt: skip
@@ -175,6 +175,6 @@ def instantiate(provider: Provider, model: nn.Module, device: torch.device, *, c
         memory_format = torch.channels_last
         module = module.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     call = provider.prepare(module)
-    holder = call.module if isinstance(call, Graphed) else getattr(call, "_orig_mod", call)
+    holder: Any = call.module if isinstance(call, Graphed) else getattr(call, "_orig_mod", call)
     optimizer = torch.optim.SGD(holder.parameters(), lr=0.01, momentum=0.9)
     return Instance(provider, holder, call, optimizer, memory_format)

@@ -13,7 +13,7 @@ from benchmarks.errors import BenchmarkError
 
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 2
-STATUSES = ("ok", "WRONG", "OOM", "failed", "not measured")
+STATUSES = ("ok", "WRONG", "OOM", "failed", "unsupported", "not measured")
 Key = tuple[str, str, str, tuple[int, ...], str, str]
 
 

@@ -98,7 +98,9 @@ def drive(suite: Suite, request: Request, cases: Sequence[Case], console: Consol
         request = replace(request, there=frozenset(there))
     missing = [case for case in cases if not request.there.issuperset(case.keys)]
     if len(missing) < len(cases):
-        console.print(f"{suite.name}: {len(cases) - len(missing)} of {len(cases)} cases are there; --fresh repeats them")
+        console.print(
+            f"{suite.name}: {len(cases) - len(missing)} of {len(cases)} cases are there; --fresh repeats them"
+        )
     unmeasured: dict[Key, Row] = {}
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

@@ -19,6 +19,7 @@ from fusedres import models
 TIMED = ("kernels", "mlp", "models")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLASSES = 1000
+Norm = tuple[str, int, int, int]  # kind of layer, channels, height, width
 ROWS = (64, 1024, 16384)
 FEATURES = ((512, 512), (512, 102), (1024, 1024), (4096, 4096), (256, 256))  # first those of the residual MLP
 LINEAR_LAYERS = {
@@ -142,11 +143,13 @@ def _networks(dtype: str, quick: bool) -> list[Workload]:
 def _small_networks(quick: bool) -> list[Workload]:
     """One block compiles in a quarter of a minute on a CPU; whole networks take part when there is time."""
     block, cifar = (64, 14, 14), (3, 32, 32)
-    whole = partial(Workload, dtype="float32", batches=(4,), channels_last=True, compiled=not quick)
+    networks = [
+        Workload("resnet50", models.resnet50, "float32", (4,), (3, 64, 64), (CLASSES,), check=(4, 3, 48, 48)),
+        Workload("preact_resnet_cifar(20)", partial(models.preact_resnet_cifar, 20), "float32", (4,), cifar, (10,)),
+    ]
     return [
         Workload("basic block", basic_block, "float32", (8,), block, (CLASSES,), channels_last=True),
-        whole("resnet50", models.resnet50, sample=(3, 64, 64), output=(CLASSES,), check=(4, 3, 48, 48)),
-        whole("preact_resnet_cifar(20)", partial(models.preact_resnet_cifar, 20), sample=cifar, output=(10,)),
+        *(replace(network, channels_last=True, compiled=not quick) for network in networks),
     ]
 
 
@@ -178,18 +181,17 @@ def _small_mlps(quick: bool) -> list[Workload]:
 
 def _norms(dtype: str, quick: bool) -> list[Workload]:
     """Every BatchNorm of ResNet-34 and -50 at 224x224, and two joins of pre-activation networks."""
-    shapes = list(batch_norm_shapes())
-    shapes += [("add+bn+relu", *shape) for kind, *shape in shapes if kind == "bn+add+relu" and shape[0] in (256, 1024)]
+    joins: list[Norm] = [("add+bn+relu", 256, 56, 56), ("add+bn+relu", 1024, 14, 14)]
     if quick:
-        shapes = [shape for shape in shapes if shape[:2] in (("bn+relu", 64), ("bn+add+relu", 256))]
-        shapes += [("bn+add+relu", 2048, 7, 7), ("add+bn+relu", 256, 56, 56)]
-        return [norm_layer(*shape, dtype, (32,)) for shape in dict.fromkeys(shapes)]
-    return [norm_layer(*shape, dtype, (32, 256, 1)) for shape in shapes]
+        shapes = [shape for shape in batch_norm_shapes() if shape[:2] in (("bn+relu", 64), ("bn+add+relu", 256))]
+        shapes += [("bn+add+relu", 2048, 7, 7), joins[0]]
+        return [norm_layer(*shape, dtype=dtype, batches=(32,)) for shape in shapes]
+    return [norm_layer(*shape, dtype=dtype, batches=(32, 256, 1)) for shape in (*batch_norm_shapes(), *joins)]
 
 
 def _small_norms(quick: bool) -> list[Workload]:
     shapes = (("bn+relu", 64, 28, 28), ("bn+add+relu", 256, 14, 14), ("add+bn+relu", 256, 14, 14))
-    return [norm_layer(*shape, "float32", (4,), compiled=not quick) for shape in shapes]
+    return [norm_layer(*shape, dtype="float32", batches=(4,), compiled=not quick) for shape in shapes]
 
 
 _ON_GPU = {"kernels": _norms, "mlp": _mlps, "models": _networks}
@@ -197,38 +199,34 @@ _ON_CPU = {"kernels": _small_norms, "mlp": _small_mlps, "models": _small_network
 
 
 @functools.cache
-def batch_norm_shapes() -> tuple[tuple[str, int, int, int], ...]:
+def batch_norm_shapes() -> tuple[Norm, ...]:
     """Kind and (C, H, W) of the BatchNorms of ResNet-50 and ResNet-34 at 224x224, largest first, each once."""
     found = dict.fromkeys(shape for model in (models.resnet50, models.resnet34) for shape in _shapes_of(model))
     return tuple(sorted(found, key=lambda shape: -shape[1] * shape[2] * shape[3]))
 
 
-def _shapes_of(build: Callable[[], nn.Module]) -> Iterator[tuple[str, int, int, int]]:
-    seen: list[tuple[str, int, int, int]] = []
+def _shapes_of(build: Callable[[], nn.Module]) -> Iterator[Norm]:
     with torch.device("meta"):
         model, x = build(), torch.empty(1, 3, 224, 224)
-    last = {}  # of each block
-    for name, norm in model.named_modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            block, _, own = name.rpartition(".")
-            shortcut = block.endswith("downsample")
-            if block and not shortcut:
-                last[block] = own
-            kind = "bn" if shortcut else "bn+relu"
+    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, nn.BatchNorm2d)}
+    last = {name.rpartition(".")[0]: name for name in norms}  # of each block
+    sizes: dict[str, tuple[int, ...]] = {}
 
-            def note(_: nn.Module, inputs: tuple[torch.Tensor, ...], kind: str = kind, name: str = name) -> None:
-                block, _, own = name.rpartition(".")
-                channels, height, width = inputs[0].shape[1:]
-                joins = kind != "bn" and last.get(block) == own
-                seen.append(("bn+add+relu" if joins else kind, channels, height, width))
+    def note(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        sizes[names[norm]] = tuple(inputs[0].shape[1:])
 
-            norm.register_forward_pre_hook(note)
+    names: dict[nn.Module, str] = {norm: name for name, norm in norms.items()}
+    for norm in names:
+        norm.register_forward_pre_hook(note)
     model(x)
-    return iter(seen)
+    for name, (channels, height, width) in sizes.items():
+        block = name.rpartition(".")[0]
+        kind = "bn+add+relu" if block and last[block] == name else "bn+relu"
+        yield "bn" if block.endswith("downsample") else kind, channels, height, width
 
 
 def norm_layer(
-    kind: str, channels: int, height: int, width: int, dtype: str, batches: tuple[int, ...], *, compiled: bool = True
+    kind: str, channels: int, height: int, width: int, *, dtype: str, batches: tuple[int, ...], compiled: bool = True
 ) -> Workload:
     """A layer of ``NORM_LAYERS`` on activations (N, channels, height, width)."""
     sample = (channels, height, width)

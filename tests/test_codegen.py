@@ -39,7 +39,8 @@ def run_compiled(arguments: list[str]) -> str:
 @functools.cache
 def code(arch: str) -> list[dict[str, Any]]:
     return [
-        json.loads(line) for line in run_compiled(["-m", "benchmarks.instruments.launches", arch, *DTYPES[arch]]).splitlines()
+        json.loads(line)
+        for line in run_compiled(["-m", "benchmarks.instruments.launches", arch, *DTYPES[arch]]).splitlines()
     ]
 
 

@@ -26,6 +26,7 @@ from benchmarks.workloads import DTYPES, TIMED, Workload, workloads
 MODEL_SECONDS, LAYER_SECONDS = 5.0, 0.5  # of timed rounds, for each case and mode
 WARM_UP = 0.2  # of those seconds
 MIN_ROUNDS, MAX_ROUNDS = 20, 200
+UNCHECKED = {"ok": False, "error": "not checked, as it fails in another mode"}
 HEADER = ("workload", "mode", "batch", "dtype", "provider", "ms", "quartiles", "forward + backward", "host µs",
           "MiB", "speedup", "interval", "check")  # fmt: skip
 
@@ -101,9 +102,9 @@ class _Measurement:
         batches = self._batches((case.batch, *self.workload.sample))
         steps = {(mode, i.provider.name): STEPS[mode](i, batches, self.dtype) for mode in STEPS for i in instances}
         first, broken = self._first_steps(steps)
-        broken |= {(mode, name): ("failed", reason) for mode in STEPS for name, reason in rejected.items()}
-        able = [i for i in instances if not any((mode, i.provider.name) in broken for mode in STEPS)]
-        verdicts = self._check(case, able)
+        broken |= {(mode, name): ("unsupported", reason) for mode in STEPS for name, reason in rejected.items()}
+        failed = {name for (_, name), (status, _) in broken.items() if status != "OOM"}
+        verdicts = self._check(case, [i for i in instances if i.provider.name not in failed])
         for mode in STEPS:
             runnable = {name: step for (of, name), step in steps.items() if of == mode and (of, name) not in broken}
             figures = self._figures(case, mode, runnable)
@@ -113,7 +114,7 @@ class _Measurement:
                 row = case.row(mode, provider, *broken.get((mode, name), ("ok", "")))
                 row.environment = environment
                 if name in figures:
-                    _fill(row, verdicts.get(name, {"ok": False}), figures[name] | {"first_step_s": first[mode, name]})
+                    _fill(row, verdicts.get(name, UNCHECKED), figures[name] | {"first_step_s": first[mode, name]})
                 yield row
 
     @cached_property
@@ -142,6 +143,8 @@ class _Measurement:
         for key, step in steps.items():
             try:
                 first[key] = round(timing.seconds(step, self.device), 3)
+            except Unsupported as error:
+                broken[key] = ("unsupported", parity.first_line(error))
             except torch.OutOfMemoryError:
                 broken[key] = ("OOM", "")
                 torch.cuda.empty_cache()
@@ -172,18 +175,18 @@ class _Measurement:
 
     def _rates(self, case: Timed, mode: str, ms: float) -> dict[str, float | None]:
         """Samples a second, and what the step needs over its time: beside the machine's own, of bytes or operations."""
-        figures: dict[str, float | None] = {"samples_per_s": round(1e3 * case.batch / ms, 2)}
+        figures: dict[str, float | None] = {"samples_per_s": _rounded(1e3 * case.batch / ms)}
         cost = self.workload.cost.get(mode)
         if cost is not None and cost.bytes:
             rate = case.batch * cost.bytes / ms / 1e6
-            figures |= {"gb_s": round(rate, 1), "bandwidth_share": self._share(rate, "copy_gb_s")}
+            figures |= {"gb_s": _rounded(rate), "bandwidth_share": self._share(rate, "copy_gb_s")}
         if cost is not None and cost.flops:
             rate = case.batch * cost.flops / ms / 1e9
-            figures |= {"tflop_s": round(rate, 3), "matmul_share": self._share(rate, "matmul_tflop_s")}
+            figures |= {"tflop_s": _rounded(rate), "matmul_share": self._share(rate, "matmul_tflop_s")}
         return figures
 
     def _share(self, rate: float, ceiling: str) -> float:
-        return round(rate / float(self.environment[ceiling] or 0), 4)
+        return _rounded(rate / float(self.environment[ceiling] or 0))
 
     def _batches(self, shape: tuple[int, ...]) -> list[Batch]:
         """As many as it takes to leave the L2 cache behind."""
@@ -200,13 +203,18 @@ class _Measurement:
         dtype = self.dtype if self.workload.layer else torch.float32
         inputs = tuple(normal(shape).to(dtype) for _ in range(self.workload.inputs))
         if not self.workload.layer:
-            return Batch(inputs, torch.randint(*self.workload.output, shape[:1], generator=generator, device=self.device))
+            [classes] = self.workload.output
+            return Batch(inputs, torch.randint(classes, shape[:1], generator=generator, device=self.device))
         sizes = [(shape[0], *self.workload.output)] * self._outputs
         return Batch(inputs, tuple(normal(size).to(dtype) for size in sizes))
 
     @cached_property
     def _outputs(self) -> int:
         return 2 if self.workload.name.startswith("add+") else 1
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _fill(row: Row, verdict: dict[str, Any], figures: dict[str, float | None]) -> None:

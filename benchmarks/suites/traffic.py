@@ -20,9 +20,9 @@ from torch import Tensor
 
 from benchmarks.environment import ROOT, describe
 from benchmarks.errors import BenchmarkError, allowed, errors
+from benchmarks.instruments.meter import TrafficMeter
 from benchmarks.results import Row
 from benchmarks.suites import traffic_batch_norm, traffic_linear
-from benchmarks.instruments.meter import TrafficMeter
 
 Tensors = dict[str, Tensor]
 

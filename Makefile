@@ -32,7 +32,7 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
 
 gpu: $(VENV)/.installed-test $(VENV)/.installed-zoo
-	PYTHON=$(abspath $(VENV))/bin/python benchmarks/gpu.sh $(OUT)
+	PYTHON=$(abspath $(VENV))/bin/python benchmarks/gpu.sh $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build dist *.egg-info

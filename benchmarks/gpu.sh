@@ -1,62 +1,103 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in under 9 minutes: tests, compute-sanitizer, benchmarks. Needs no network and no
-# virtual environment: PYTHON (default python3) with torch, triton, numpy, pytest, rich, matplotlib, scikit-learn.
-# Usage: benchmarks/gpu.sh [output folder [stage...]]     (default: $OUT, then gpu-out; all stages)
-# Stages: tests, memcheck, racecheck, mlp, models. A benchmark that is run alone gets all of the time.
+# virtual environment: PYTHON (default python3) with torch, triton, numpy, pytest, rich, matplotlib, hypothesis.
+# Usage: benchmarks/gpu.sh [output folder [stage...]]     (default: $OUT, then gpu-out; all stages but max-autotune)
+# A stage is one of those below, or quick or full for all of theirs. Stages that are named share all of the time.
+# Leaves summary.txt, logs.tar.gz and results/<device>/<suite>.jsonl; a second run goes on from those rows.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 out=${1:-${OUT:-gpu-out}}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-asked=" ${*:2} "
-for name in $asked; do
-    [[ " tests memcheck racecheck mlp models " == *" $name "* ]] || { echo "gpu.sh: unknown stage $name" >&2; exit 2; }
+total=${GPU_SH_SECONDS:-510} # the last stage may take 8 more to end, and the summary a few
+
+# Most valuable first, with each stage's share of the time; what one leaves goes to those behind it.
+stages=(
+    tests:110 memcheck:40 racecheck:40 initcheck:40
+    quick-kernels:40 quick-mlp:30 quick-models:110 quick-memory:10 probe:40 compile-study:20
+    full-kernels:10 full-models:10 full-mlp:10 max-autotune:100
+)
+asked=("${@:2}")
+
+wanted() { # wanted STAGE
+    local word
+    ((${#asked[@]})) || { [[ $1 != max-autotune ]]; return; }
+    for word in "${asked[@]}"; do
+        [[ $1 == "$word" || $1 == "$word"-* ]] && return
+    done
+    return 1
+}
+
+for word in ${asked[@]+"${asked[@]}"}; do
+    [[ " ${stages[*]}" == *" $word:"* || " ${stages[*]}" == *" $word-"* ]] ||
+        { echo "gpu.sh: unknown stage $word; choose from quick full ${stages[*]%:*}" >&2; exit 2; }
 done
-total=530
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+work=$(mktemp -d "${TMPDIR:-/tmp}/fusedres-gpu.XXXXXX") || exit 2
+trap 'rm -rf "$work"' EXIT
+logs=$work/logs
+mkdir "$logs"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUTF8=1
+# The home folder may not be writable. One cache for all stages: what the tests compiled, the sanitizer need not.
+export TRITON_CACHE_DIR=$work/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor CUDA_CACHE_PATH=$work/cuda
+export MPLCONFIGDIR=$work/matplotlib HYPOTHESIS_STORAGE_DIRECTORY=$work/hypothesis
 unset TRITON_INTERPRET
 failed=0
 summary=()
 
-wanted() { # wanted NAME
-    [[ $asked == "  " || $asked == *" $1 "* ]]
+remaining() { # remaining STAGE: the shares of it and of those behind it
+    local entry sum=0
+    for entry in "${stages[@]}"; do
+        [[ ${entry%:*} == "$1" || $sum -gt 0 ]] && wanted "${entry%:*}" && ((sum += ${entry#*:}))
+    done
+    echo "$sum"
 }
 
-stage() { # stage NAME SECONDS COMMAND...: log to a file, never stop the script
-    local name=$1 limit=$2 start=$SECONDS status=0
-    shift 2
-    wanted "$name" || return 0
-    echo "== $name (at most $limit s)"
-    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
-    tail -n 15 "$out/$name.log"
-    local verdict="ok"
-    if ((status == 124 || status == 137)); then
-        verdict="out of time"
-    elif ((status != 0)); then
-        verdict="failed ($status)"
-    fi
-    [[ $verdict == ok ]] || failed=1
-    summary+=("$(printf '%-12s %-14s %4d s   %s' "$name" "$verdict" $((SECONDS - start)) "$name.log")")
+note() { # note STAGE VERDICT SECONDS REMARK: a line of the summary, saved at once
+    [[ $2 == ok ]] || failed=1
+    summary+=("$(printf '%-14s %-14s %4d s   %s' "$1" "$2" "$3" "$4")")
+    printf '%s\n' "${summary[@]}" >"$out/summary.txt"
+    tar -C "$work" -czf "$work/logs.tar.gz" logs && cp "$work/logs.tar.gz" "$out/logs.tar.gz"
 }
 
-skip() { # skip NAME REASON: a check that could not run is not a check that passed
-    wanted "$1" || return 0
-    summary+=("$(printf '%-12s %-14s %4d s   %s' "$1" "not run" 0 "$2")")
-    failed=1
-}
+kernels=$(sed -n 's/^def \(_[a-z0-9_]*_kernel\)(.*/\1/p' kernels/*.py | paste -sd '|')
 
-sanitize() { # sanitize TOOL SECONDS
-    if [[ -n $sanitizer ]]; then
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$1" "$2" "$sanitizer" --tool "$1" --error-exitcode 86 \
-            --target-processes all "$python" -m pytest -p no:cacheprovider -x -q -m gpu -k sanitize tests
+judge() { # judge STAGE STATUS
+    local log=$logs/$1.log
+    # Not the tool's own exit status: PyTorch and its libraries read padding, too. And not its filter of kernels:
+    # initcheck would not see what the kernels that it leaves out write.
+    if [[ $1 == *check ]] && grep -Eq "^=+ .*\b($kernels)\b" "$log"; then
+        echo "errors found"
+    elif (($2 == 124 || $2 == 137)); then
+        echo "out of time"
+    elif (($2)); then
+        echo "failed ($2)"
+    elif [[ $1 == *check ]] && ! grep -q "^=.*SUMMARY" "$log"; then
+        echo "no report"
     else
-        skip "$1" "compute-sanitizer was not found"
+        echo ok
     fi
 }
 
-benchmark() { # benchmark SUITE SECONDS LONGEST: the last of what it begins may take LONGEST; rows are saved as they come
-    stage "$1" "$2" "$python" -m benchmarks "$1" --device cuda --seconds $(($2 - $3)) --results "$out/results"
+stage() { # stage NAME COMMAND...: log to a file, never stop the script
+    local name=$1 start=$SECONDS status=0
+    shift
+    echo "== $name (at most $limit s)"
+    timeout --signal=INT --kill-after=8 "$limit" "$@" >"$logs/$name.log" 2>&1 || status=$?
+    tail -n 15 "$logs/$name.log" | cut -c 1-200
+    note "$name" "$(judge "$name" "$status")" $((SECONDS - start)) "$name.log"
+}
+
+sanitize() { # sanitize TOOL
+    if [[ -z $sanitizer ]]; then
+        note "$1" "not run" 0 "compute-sanitizer was not found"
+        return
+    fi
+    stage "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --target-processes all \
+        --show-backtrace no --print-limit 20 "$python" -m pytest -p no:cacheprovider -q -m gpu tests/test_sanitize.py
+}
+
+benchmark() { # benchmark STAGE SUITE OPTION...: what it begins last has a third of the time; rows are saved as they come
+    stage "$1" "$python" -m benchmarks "$2" --device cuda --seconds $((limit * 2 / 3)) --output "$out/results" "${@:3}"
 }
 
 if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then
@@ -65,23 +106,47 @@ if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())
 fi
 missing=$("$python" -c '
 import importlib.util as u
-print(*[m for m in ("pytest", "numpy", "rich", "matplotlib", "sklearn", "hypothesis") if u.find_spec(m) is None])')
+print(*[m for m in ("triton", "pytest", "numpy", "rich", "matplotlib", "hypothesis") if u.find_spec(m) is None])')
 [[ -z $missing ]] || echo "missing modules, the stages that need them will fail: $missing"
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1 || true)
-
-nvidia-smi >"$out/nvidia-smi.log" 2>&1 || true
+nvidia-smi >"$logs/nvidia-smi.log" 2>&1 || true
 # Most of the tests' time is Triton compiling variants, on the CPU: several processes, where xdist is there.
 workers=()
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-stage tests 160 "$python" -m pytest -p no:cacheprovider -q "${workers[@]}" -m gpu tests
-sanitize memcheck 70
-sanitize racecheck 70
-if wanted models; then
-    benchmark mlp $(((total - SECONDS) * 2 / 5)) 30
-else
-    benchmark mlp $((total - SECONDS)) 30
+if "$python" -c 'import xdist' 2>/dev/null; then
+    processors=$(nproc)
+    workers=(-n $((processors < 12 ? processors : 12)))
 fi
-benchmark models $((total - SECONDS)) 70
 
-printf '\n%s\n' "summary ($SECONDS s, logs and rows in $out)" "${summary[@]}"
+for entry in "${stages[@]}"; do
+    name=${entry%:*}
+    wanted "$name" || continue
+    limit=$(((total - SECONDS) * ${entry#*:} / $(remaining "$name")))
+    ((limit > 0)) || limit=1
+    if ((SECONDS >= total)); then
+        note "$name" "not run" 0 "no time was left"
+        continue
+    fi
+    case $name in
+        tests)
+            # What only a GPU can show comes first.
+            stage tests "$python" -m pytest -p no:cacheprovider -q --continue-on-collection-errors \
+                ${workers[@]+"${workers[@]}"} -m gpu tests/test_gpu.py tests/test_gpu_linear.py tests/test_sanitize.py tests
+            ;;
+        *check) sanitize "$name" ;;
+        quick-*) benchmark "$name" "${name#quick-}" --quick ;;
+        full-*) benchmark "$name" "${name#full-}" --full ;;
+        max-autotune)
+            benchmark "$name" models --quick --provider "torch.compile max-autotune" \
+                --provider torch.compile --provider "eager channels-last" --provider fusedres
+            ;;
+        *) benchmark "$name" "$name" --full ;;
+    esac
+done
+
+printf '\n'
+{
+    echo "summary: $SECONDS s; logs and rows in $out"
+    printf '%s\n' "${summary[@]}"
+    "$python" -m benchmarks.reporting.summary "$out/results" 2>&1 | head -n $((59 - ${#summary[@]}))
+} | tee "$out/summary.txt"
 exit "$failed"

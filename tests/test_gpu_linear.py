@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedres import functional, reference
 from fusedres.nn import LayerNormLinear, ResidualMLPBlock
@@ -62,37 +62,55 @@ def test_bit_for_bit(order):
     assert wrong.item() == 0
 
 
-@pytest.mark.parametrize("features", [(40, 52), (1100, 24), (67, 101)], ids=str)
-@both_orders
-def test_sanitize(order, features):
-    """Small, for compute-sanitizer: every kernel, ragged in every direction."""
-    for dtype in (torch.bfloat16, torch.float32):
-        inputs = linear_inputs(order, (37,), features, dtype, residual=order == LINEAR_LN).map(lambda t: t.to(DEVICE))
-        assert all(t.isfinite().all() for t in run_linear(functional, order, inputs, "relu").values())
+BUILDS = pytest.mark.parametrize(
+    "build", [lambda: LayerNormLinear(512, 256), lambda: ResidualMLPBlock(512)], ids=[LN_LINEAR, LINEAR_LN]
+)
 
 
-@pytest.mark.parametrize("build", [lambda: LayerNormLinear(512, 256), lambda: ResidualMLPBlock(512)])
+def step(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    out = module(x)
+    return [out.detach(), *torch.autograd.grad(out, [x, *module.parameters()], grad)]
+
+
+@BUILDS
+def test_two_streams(build):
+    """Reductions that run at once on two streams do not share their counters or partial sums."""
+    modules = [build().to(DEVICE) for _ in range(2)]
+    inputs = [torch.randn(4096, 512, device=DEVICE, requires_grad=True) for _ in modules]
+    grads = [torch.randn_like(module(x)) for module, x in zip(modules, inputs, strict=True)]
+    expected = [step(*given) for given in zip(modules, inputs, grads, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in modules]
+    for _ in range(50):
+        results = []
+        for stream, *given in zip(streams, modules, inputs, grads, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(step(*given))
+        torch.cuda.synchronize()
+        for result, wanted in zip(results, expected, strict=True):
+            for got, want in zip(result, wanted, strict=True):
+                assert torch.equal(got, want)
+
+
+@BUILDS
 def test_graph(build):
     """A captured training step gives what the step gives, replay after replay."""
     module = build().to(DEVICE)
     x = torch.randn(4096, 512, device=DEVICE, requires_grad=True)
     grad = torch.randn_like(module(x))
-
-    def step() -> list[Tensor]:
-        return list(torch.autograd.grad(module(x), [x, *module.parameters()], grad))
-
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step()
+        step(module, x, grad)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step()
+        captured = step(module, x, grad)
     for _ in range(3):
         with torch.no_grad():
             x.normal_()
         graph.replay()
-        for got, want in zip(captured, step(), strict=True):
+        for got, want in zip(captured, step(module, x, grad), strict=True):
             torch.testing.assert_close(got, want)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.suites import compile_study, memory, timed, train
+from benchmarks.suites import compile_study, memory, probe, timed, train
 
-SUITES = {suite.name: suite for suite in (*timed.TIMED_SUITES, memory.SUITE, compile_study.SUITE, train.SUITE)}
-ALL = tuple(name for name in SUITES if name != "train")  # in this order
+SUITES = {
+    suite.name: suite for suite in (*timed.TIMED_SUITES, memory.SUITE, compile_study.SUITE, probe.SUITE, train.SUITE)
+}
+ALL = tuple(name for name in SUITES if name not in ("probe", "train"))  # in this order

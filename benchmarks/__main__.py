@@ -67,7 +67,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the most telling part (default on a CPU)")
     size.add_argument("--full", action="store_true", help="everything (default on a GPU)")
-    parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder of rows; report and all draw there, too")
+    parser.add_argument(
+        "--output", type=Path, default=results.RESULTS, help="folder of rows; report and all draw there"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what this code has measured here before")
     parser.add_argument("--seconds", type=float, default=300, help="begin nothing new of a timed suite after so long")
     parser.add_argument("--interpreted-steps", type=int, default=40, help="train: steps with interpreted kernels")

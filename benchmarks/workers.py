@@ -18,6 +18,7 @@ from benchmarks.suite import CPU, Case
 
 MOST = 8
 C = TypeVar("C", bound=Case)
+T = TypeVar("T")
 
 
 def spread(
@@ -39,8 +40,7 @@ def spread(
     if not cases:
         return
     deadline = time.monotonic() + seconds
-    workers = min(os.cpu_count() or 1, MOST, len(cases))
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    pool = _pool(min(os.cpu_count() or 1, MOST, len(cases)))
     try:
         with _environment(environment):  # which processes inherit as they start
             futures = {pool.submit(work, case): case for case in cases}
@@ -53,7 +53,21 @@ def spread(
         pool.shutdown(cancel_futures=True)
 
 
-def _result(future: Future[list[Row]]) -> list[Row]:
+def apart(function: Callable[..., T], environment: Mapping[str, str | None], *arguments: object) -> T:
+    """What ``function`` returns in a process of its own.
+
+    Raises:
+        BenchmarkError: it failed; with the reason.
+    """
+    with _pool(1) as pool, _environment(environment):
+        return _result(pool.submit(function, *arguments))
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+
+def _result(future: Future[T]) -> T:
     try:
         return future.result()
     except BrokenProcessPool:

@@ -90,12 +90,11 @@ LAYER = (
     [
         ("'fusedres.kernels.tiling.cdiv', lambda a, b: -(-a // b)", None),  # nothing planted
         ("'fusedres.kernels.tiling._num_warps', lambda *_: 1", "spills"),  # 128 elements a thread
-        ("'fusedres.kernels.batch_norm_forward.rows', lambda x: NARROW", "stores of 128 bits"),
-        ("'fusedres.kernels.tiling.TILE_ELEMENTS', 512", "bytes in flight"),
+        ("'fusedres.kernels.tiling._tile', lambda *_: (2048, 2)", "stores of 128 bits"),  # two channels side by side
+        ("'fusedres.kernels.tiling._tile', lambda *_: (8, 8)", "bytes in flight"),  # two elements a thread
     ],
 )
 def test_planted_faults_are_refused(plant: str, complaint: str | None) -> None:
-    plant = plant.replace("NARROW", "__import__('fusedres.kernels.layout').kernels.layout.Rows(25088, 64, 1, True)")
     found = complaints(plant, LAYER)
     assert any(complaint in text for text in found) if complaint else found == []
 

@@ -40,9 +40,11 @@ def _load_twice(x_ptr, residual_ptr, s_ptr, base, offsets, mask, ADD: tl.constex
 
 @triton.jit
 def _load_strided(x_ptr, residual_ptr, s_ptr, base, offsets, mask, ADD: tl.constexpr):
-    for row in range(x_ptr.dtype.element_ty.primitive_bitwidth):  # a row at a time: as much, but one sector a value
-        x = tl.load(x_ptr + base + offsets, mask=mask & (offsets % 16 == row), other=0.0)
-    return tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = tl.zeros(offsets.shape, dtype=tl.float32)
+    for column in range(16):  # no byte twice, but a sector for every value
+        own = mask & (offsets % 16 == column)
+        x += tl.load(x_ptr + base + offsets, mask=own, other=0.0).to(tl.float32)
+    return x
 
 
 @pytest.mark.parametrize(

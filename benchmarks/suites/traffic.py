@@ -249,6 +249,6 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 SUITE = Suite(
-    "traffic", "bytes that the fused functions move, counted in the interpreter, against their budgets", plan, run, table,
-    on_cpu=True,
+    "traffic", "bytes that the fused functions move, counted in the interpreter, against their budgets",
+    plan, run, table, on_cpu=True,
 )  # fmt: skip

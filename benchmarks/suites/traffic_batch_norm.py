@@ -23,8 +23,9 @@ BUDGET = {
     "batch_norm_act + residual": {"forward": (4 + BIT, 3 + BIT), "backward": (6 + BIT, 4 + BIT), "eval": (3.0, 3.0)},
     "add_batch_norm_act": {"forward": (5.0, 4.0), "backward": (6.0, 4.0), "eval": (4.0, 4.0)},
 }
-# The same of others: what attorch's kernels and Inductor's generated code were read to move (of a range, the least), and
-# the floor: statistics from the convolution or on-chip, and in evaluation folded into the convolution. None: not known.
+# The same of others, not counted here: what attorch's kernels and Inductor's generated code were read to move (of a
+# range, the least), and the floor: statistics from the convolution or on-chip, and in evaluation folded into the
+# convolution. None: not known.
 PEERS = ("attorch_passes", "inductor_passes", "floor_passes")
 OTHERS: dict[str, dict[str, tuple[float | None, ...]]] = {
     "batch_norm_act": {"forward": (4, 3, 2), "backward": (8, 5, 3), "eval": (2, 2, 0)},

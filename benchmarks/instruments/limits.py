@@ -13,6 +13,8 @@ PRODUCTS = {"_layer_norm_linear_fwd_kernel", "_linear_layer_norm_fwd_kernel"}
 BITS = {"*fp32": 32, "*bf16": 16, "*fp16": 16, "*u8": 0}  # of an element; none of a mask, which has one in a byte
 # 1,024 threads a multiprocessor of 65,536 registers: enough loads in flight to cover memory's latency.
 REGISTERS = 128
+# Of the bytes in flight that full bandwidth needs. Tiles are chosen for an H100; an sm_100 needs more than twice its.
+IN_FLIGHT = {"sm_100": 0.5}
 
 
 def complaints(launch: Launch, arch: str, code: Code) -> list[str]:
@@ -67,13 +69,13 @@ def _widths(launch: Launch, arch: str, code: Code) -> list[str]:
 
 
 def _in_flight(launch: Launch, arch: str, code: Code) -> list[str]:
-    """Loads asked for at once, where memory is what limits: all that full bandwidth needs.
+    """Loads asked for at once, where memory is what limits: all that full bandwidth needs, or ``IN_FLIGHT`` of it.
 
-    Half of it where rows allow no wide access: a thread has fewer elements there, as each has an address of its own.
+    Half as many where rows allow no wide access: a thread has fewer elements there, as each has an address of its own.
     """
     device, first = BY_ARCH[arch], next(iter(launch.tensors.values()))
     there = device.resident(code.registers, code.shared_bytes, threads(launch, arch)) * code.load_bytes
-    needed = device.needed_bytes * (1 if _align(launch) * BITS[first] >= 128 else 0.5)
+    needed = device.needed_bytes * IN_FLIGHT.get(arch, 1.0) * (1 if _align(launch) * BITS[first] >= 128 else 0.5)
     if launch.name in PRODUCTS or there >= needed:
         return []
     return [f"{there} bytes in flight a multiprocessor, fewer than {needed:.0f}"]

@@ -5,15 +5,22 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from benchmarks.results import Row
+
 pytestmark = [pytest.mark.codegen, pytest.mark.floor]
 ROOT = Path(__file__).parent.parent
+KERNELS = {
+    name
+    for path in (ROOT / "kernels").glob("*.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+}
 DTYPES = {
     "sm_80": ["float16"],
     "sm_89": ["bfloat16"],
@@ -21,11 +28,6 @@ DTYPES = {
     "sm_100": ["bfloat16"],
     "gfx942": ["bfloat16"],
 }
-ACTIVATIONS = ("x_ptr", "residual_ptr", "dy_ptr", "ds_ptr", "g_ptr", "z_ptr")
-OUTPUTS = ("y_ptr", "s_ptr", "saved_ptr", "dx_ptr", "dresidual_ptr", "dz_ptr", "normalised_ptr", "product_ptr")
-PRODUCTS = {"_layer_norm_linear_fwd_kernel", "_linear_layer_norm_fwd_kernel"}
-SHARED_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # a program may use
-BITS = {"*fp32": 32, "*bf16": 16, "*fp16": 16, "*u8": 0}  # of an element; none of a mask, which has one in a byte
 
 
 def run_compiled(arguments: list[str]) -> str:
@@ -37,59 +39,63 @@ def run_compiled(arguments: list[str]) -> str:
 
 
 @functools.cache
-def code(arch: str) -> list[dict[str, Any]]:
-    return [
-        json.loads(line)
-        for line in run_compiled(["-m", "benchmarks.instruments.launches", arch, *DTYPES[arch]]).splitlines()
-    ]
+def code(arch: str) -> list[Row]:
+    """The rows of the code suite for one architecture."""
+    program = f"""
+import json
+from dataclasses import asdict
+from benchmarks.suites.codegen import cases, measure
+for case in cases([{arch!r}], {DTYPES[arch]!r}):
+    for row in measure(case):
+        print(json.dumps(asdict(row)))
+"""
+    return [Row(**json.loads(line)) for line in run_compiled(["-c", program]).splitlines()]
 
 
 @pytest.mark.parametrize("arch", DTYPES)
-def test_generated_code(arch):
+def test_generated_code(arch: str) -> None:
     rows = code(arch)
-    assert {row["kernel"] for row in rows} >= {
-        "_batch_norm_fwd_stats_kernel",
-        "_batch_norm_fwd_apply_kernel",
-        "_batch_norm_fwd_on_chip_kernel",
-        "_batch_norm_bwd_reduce_kernel",
-        "_batch_norm_bwd_apply_kernel",
-        "_batch_norm_bwd_on_chip_kernel",
-        "_layer_norm_fwd_kernel",
-        "_layer_norm_bwd_kernel",
-        "_column_sums_kernel",
-        "_relu_bias_bwd_kernel",
-        *PRODUCTS,
-    }
+    assert {row.workload for row in rows} == KERNELS
+    assert len({row.key for row in rows}) == len(rows), "a launch without a name of its own"
+    assert [(row.key, row.note) for row in rows if row.status != "ok"] == []
     for row in rows:
-        _check_resources(row)
-        _check_widths(row)
+        figures = {name: value or 0 for name, value in row.figures.items()}
+        assert figures["bytes_in_flight"] > 0, row
+        assert 0 < figures["occupancy"] <= 1, row
 
 
-def _check_resources(row: dict[str, Any]) -> None:
-    assert row["spill_bytes"] == 0, row
-    assert row["threads"] <= 1024, row
-    assert row["shared_bytes"] <= 1024 * SHARED_KIB[row["arch"]], row
-    if row["kernel"] in PRODUCTS:
-        assert row["matrix"] > 0 or (row["precision"] == "ieee" and row["dtype"] == "float32"), row
-    elif not row["arch"].startswith("gfx") and "_on_chip_" not in row["kernel"]:
-        # 1,024 threads a multiprocessor of 65,536 registers: enough loads in flight to cover memory's latency.
-        assert row["registers"] <= 128, row
-    if {"partials_ptr", "counters_ptr"} <= row["tensors"].keys():  # published to other programs of the launch
-        assert row["fenced"] is True, row
+def complaints(plant: str, launches: str, arch: str = "sm_90") -> list[str]:
+    """What is wrong with the code of ``launches`` while ``plant``, a target and its replacement, is patched."""
+    program = f"""
+import json, torch
+from unittest import mock
+from benchmarks.instruments import launches, limits
+from benchmarks.instruments.codegen import compile_launch
+with mock.patch({plant}):
+    found = {launches}
+print(json.dumps([text for launch in found for text in limits.complaints(
+    launch, {arch!r}, compile_launch(launch, {arch!r}))]))
+"""
+    return json.loads(run_compiled(["-c", program]))
 
 
-def _check_widths(row: dict[str, Any]) -> None:
-    """As many 128-bit accesses a thread as its share of the tile in every activation needs."""
+LAYER = (
+    "launches.batch_norm_launches((8, 64, 56, 56), torch.bfloat16, channels_last=True, residual=True, training=True)"
+)
 
-    def needed(names: tuple[str, ...]) -> int:
-        widths = [BITS[row["tensors"][name]] for name in names if name in row["tensors"]]
-        # Odd C, or planes of 14x14: rows do not begin at multiples of 16 bytes.
-        return sum(row["tile"] * bits // (row["threads"] * 128) for bits in widths if row["align"] * bits >= 128)
 
-    if row["kernel"] not in PRODUCTS:  # they copy asynchronously to shared memory
-        assert row["loads"].get("128", 0) >= needed(ACTIVATIONS), row
-    if row["kernel"] not in PRODUCTS or not row["arch"].startswith("gfx"):  # MFMA leaves four results side by side
-        assert row["stores"].get("128", 0) >= needed(OUTPUTS), row
+@pytest.mark.parametrize(
+    ("plant", "complaint"),
+    [
+        ("'fusedres.kernels.tiling.cdiv', lambda a, b: -(-a // b)", None),  # nothing planted
+        ("'fusedres.kernels.tiling._num_warps', lambda *_: 1", "spills"),  # 128 elements a thread
+        ("'fusedres.kernels.tiling._tile', lambda *_: (2048, 2)", "stores of 128 bits"),  # two channels side by side
+        ("'fusedres.kernels.tiling._tile', lambda *_: (8, 8)", "bytes in flight"),  # two elements a thread
+    ],
+)
+def test_planted_faults_are_refused(plant: str, complaint: str | None) -> None:
+    found = complaints(plant, LAYER)
+    assert any(complaint in text for text in found) if complaint else found == []
 
 
 @pytest.mark.parametrize(("batch", "most"), [(32, 10), (1, 30)])

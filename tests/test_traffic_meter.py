@@ -60,6 +60,22 @@ def test_counts_bytes_under_the_mask(dtype: torch.dtype) -> None:
     assert (meter.stray_bytes, meter.aten) == (0, [])
 
 
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs * STRIDE))
+
+
+@pytest.mark.parametrize(("stride", "start", "sectors"), [(1, 0, 8), (2, 0, 16), (8, 0, 64), (16, 0, 64), (1, 4, 9)])
+def test_sectors_show_uncoalesced_access(stride: int, start: int, sectors: int) -> None:
+    x, y = torch.randn(1024 + start)[start:], torch.empty(1024)
+    with TrafficMeter(x) as meter:
+        _copy_kernel[(1,)](x, y, stride, BLOCK)
+    [traffic, _] = meter.launches[0].tensors
+    assert (traffic.issued, traffic.sectors) == (4 * BLOCK, 32 * sectors)
+    assert meter.sector_bytes == 32 * (sectors + 8)
+
+
 def test_a_second_pass_is_issued_but_not_distinct() -> None:
     x = torch.randn(N)
     with TrafficMeter(x) as meter:

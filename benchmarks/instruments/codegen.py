@@ -8,6 +8,7 @@ carries all the tools used: ptxas and cuobjdump for NVIDIA, LLVM for AMD. Kernel
 from __future__ import annotations
 
 import functools
+import math
 import re
 import subprocess
 import tempfile
@@ -56,6 +57,15 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        return dict(self.constexprs)
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Types of the pointers that are given."""
+        return {name: kind for name, kind in self.signature if kind.startswith("*")}
+
 
 @dataclass(frozen=True)
 class Code:
@@ -63,7 +73,8 @@ class Code:
 
     ``loads`` and ``stores`` count its global access instructions by width in bits, ``matrix`` its tensor-core
     instructions. ``fenced`` is whether a barrier of the whole program stands between its last store and its atomic,
-    ``None`` without an atomic.
+    ``None`` without an atomic. ``load_bytes`` are those that a program asks for before it waits: of one iteration of
+    its widest loop, times the iterations that the compiler prefetches; of all its loads where it has no loop.
     """
 
     registers: int
@@ -73,6 +84,7 @@ class Code:
     stores: dict[int, int]
     matrix: int
     fenced: bool | None
+    load_bytes: int
 
 
 @contextmanager
@@ -145,9 +157,10 @@ def _read_nvidia(compiled: Any) -> Code:
         for instruction in ("ld", "st")
     )
     fenced = _fenced(ptx, atomic=r"\batom\.[\w.]*acq_rel", store=r"\bst\.global", barrier=r"\bbar\.sync")
+    asked = _load_bytes(compiled)
     spills = numbers["STACK"] + numbers["LOCAL"]
     matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx))
-    return Code(numbers["REG"], spills, compiled.metadata.shared, dict(loads), dict(stores), matrix, fenced)
+    return Code(numbers["REG"], spills, compiled.metadata.shared, dict(loads), dict(stores), matrix, fenced, asked)
 
 
 def _read_amd(compiled: Any) -> Code:
@@ -163,9 +176,12 @@ def _read_amd(compiled: Any) -> Code:
     )
     memory = "(?:buffer|global)"
     fenced = _fenced(text, atomic=f"{memory}_atomic_add", store=f"{memory}_store", barrier="s_barrier")
+    asked = _load_bytes(compiled)
     spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
     matrix = len(re.findall(r"\bv_mfma_", text))
-    return Code(number("vgpr_count"), spills, compiled.metadata.shared, dict(loads), dict(stores), matrix, fenced)
+    return Code(
+        number("vgpr_count"), spills, compiled.metadata.shared, dict(loads), dict(stores), matrix, fenced, asked
+    )
 
 
 def _fenced(text: str, *, atomic: str, store: str, barrier: str) -> bool | None:
@@ -178,3 +194,34 @@ def _fenced(text: str, *, atomic: str, store: str, barrier: str) -> bool | None:
         return max((match.start() for match in re.finditer(pattern, text[:end])), default=-1)
 
     return all(last(barrier, end) > last(store, end) for end in ends)
+
+
+def _load_bytes(compiled: Any) -> int:
+    """``Code.load_bytes`` from Triton's own representation, which has the loops and is the same for all targets."""
+    regions, widest = [_Region()], 0
+    for line in compiled.asm["ttir"].splitlines():
+        text = line.strip()
+        if text.startswith("}") and len(regions) > 1:
+            stages = re.search(r"tt\.num_stages = (\d+)", text)
+            widest = max(widest, regions.pop().ahead(int(stages[1]) if stages else 0, compiled.metadata.num_stages))
+        if text.endswith("{"):
+            regions.append(_Region())
+        elif load := re.search(r"= tt\.load .*: (?:tensor<([\dx]*)x)?!tt\.ptr<[a-z]+(\d+)>", text):
+            sizes = map(int, load[1].split("x")) if load[1] else ()
+            regions[-1].load_bytes += math.prod(sizes) * int(load[2]) // 8
+        elif " = tt.dot " in text:
+            regions[-1].has_product = True
+    return widest
+
+
+@dataclass
+class _Region:
+    """One block between braces of Triton's representation."""
+
+    load_bytes: int = 0
+    has_product: bool = False
+
+    def ahead(self, asked: int, default: int) -> int:
+        """Bytes of its loads, times the iterations fetched ahead; without being asked, Triton does so for products."""
+        stages = asked or (default if self.has_product else 2)
+        return self.load_bytes * max(1, stages - 1)

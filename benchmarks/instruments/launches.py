@@ -1,26 +1,23 @@
-"""Static code report: registers, spills, access widths and tensor-core instructions of every kernel.
-
-``python -m benchmarks.instruments.launches ARCH DTYPE...`` prints one JSON row for every distinct launch.
-"""
+"""The launches whose code is looked at: of every layer, at shapes that take every path, recorded and not run."""
 
 from __future__ import annotations
 
 import functools
-import json
-import math
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch import nn
 
-from benchmarks.instruments.codegen import TARGETS, Launch, compile_launch, recorded_launches
+from benchmarks.instruments.codegen import TARGETS, Launch, recorded_launches
 
 SMS = 132  # tiled as for an H100
+DTYPES = ("bfloat16", "float32", "float16")
+WARP_SIZES = sorted({target.warp_size for target in TARGETS.values()})
+LONG = {"*bf16": "bfloat16", "*fp32": "float32", "*fp16": "float16"}
 BATCH_NORM_SHAPES = (
     # The first needs two launches, the second fits on-chip; 67 channels allow no wide access.
     ((8, 64, 56, 56), True),
@@ -194,50 +191,92 @@ def linear_layer_norm_launches(
     return launches
 
 
-def report(arch: str, dtypes: Sequence[torch.dtype]) -> Iterator[dict[str, Any]]:
-    """One row for every distinct launch on ``arch``."""
-    seen = set()
-    warp_size = TARGETS[arch].warp_size
+@dataclass(frozen=True)
+class Name:
+    """What tells a launch from the others of its kernel: the label names what differs between them."""
+
+    kernel: str
+    label: str
+    blocks: tuple[int, ...]
+    dtype: str
+    layout: str
+
+
+@functools.cache
+def named_launches(warp_size: int, dtypes: tuple[str, ...] = DTYPES) -> dict[Name, Launch]:
+    """Every distinct launch of the layers above. A name is the same whichever ``dtypes`` are asked for."""
+    seen: dict[tuple[str, str], set[_Trait]] = {}
+    for launch in {launch for size in WARP_SIZES for launch in _distinct(size, DTYPES)}:
+        for name, trait in _traits(launch).items():
+            seen.setdefault((launch.name, name), set()).add(trait)
+    names = {}
+    for launch in _distinct(warp_size, dtypes):
+        told = [trait.text(seen[launch.name, name]) for name, trait in _traits(launch).items()]
+        layout = {True: "channels-last", False: "NCHW"}.get(launch.constants.get("CHANNELS_LAST", ""), "rows")
+        blocks = tuple(value for name, value in launch.constexprs if name.startswith("BLOCK_"))
+        label = ", ".join(filter(None, told)) or "plain"
+        names[Name(launch.name, label, blocks, LONG[_first(launch)], layout)] = launch
+    return names
+
+
+class _Trait(NamedTuple):
+    """One thing to say of a launch; two ways to say it, both empty for what it does without."""
+
+    plain: str
+    absolute: str
+    relative: str  # to the type of the first tensor
+
+    def text(self, seen: set[_Trait]) -> str:
+        """Nothing where all launches of the kernel are alike, or where that follows from their first tensor's type."""
+        ways = {trait.absolute for trait in seen}, {trait.relative for trait in seen}
+        if min(map(len, ways)) == 1:
+            return ""
+        if min(len(way - {""}) for way in ways) == 1:
+            return self.plain if self.absolute else ""
+        return self.relative
+
+
+def _first(launch: Launch) -> str:
+    return next(iter(launch.tensors.values()))
+
+
+def _traits(launch: Launch) -> dict[str, _Trait]:
+    """What there is to say of a launch beside its blocks, dtype and layout."""
+    traits = {}
+    for name, kind in launch.signature:
+        value, plain = launch.constants.get(name), name.removesuffix("_ptr").lower().replace("_", " ")
+        if name.startswith("BLOCK_") or name == "CHANNELS_LAST":
+            continue
+        if kind != "constexpr":
+            typed = f"{plain} {kind.removeprefix('*')}"
+            traits[name] = _Trait(plain, typed, plain if kind == _first(launch) else typed)
+        elif value is None or value is False:
+            traits[name] = _Trait(plain, "", "")
+        else:
+            text = plain if value is True else f"{plain} {value}"
+            traits[name] = _Trait(text, text, text)
+    for text in (f"{launch.num_warps} warps", f"{launch.num_stages} stages"):
+        traits[text.split()[1]] = _Trait(text, text, text)
+    return traits
+
+
+@functools.cache
+def _distinct(warp_size: int, dtypes: tuple[str, ...]) -> list[Launch]:
     with mock.patch("fusedres.kernels.layer_norm.warp_size", lambda device: warp_size):
-        layers = list(_layers(dtypes))
-    for dtype, layout, launches in layers:
-        for launch in launches:
-            if launch in seen:
-                continue
-            seen.add(launch)
-            constants = dict(launch.constexprs)
-            yield {
-                "kernel": launch.name,
-                "arch": arch,
-                "dtype": str(dtype).removeprefix("torch."),
-                "layout": layout,
-                "align": min((value for name, value in constants.items() if name.startswith("ALIGN")), default=1),
-                "threads": launch.num_warps * warp_size,
-                "tile": math.prod(constants.get(name, 1) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C")),
-                "precision": constants.get("PRECISION"),
-                "tensors": {name: kind for name, kind in launch.signature if kind.startswith("*")},
-                **asdict(compile_launch(launch, arch)),
-            }
+        layers = _layers([getattr(torch, name) for name in dtypes])
+        return list(dict.fromkeys(launch for launches in layers for launch in launches))
 
 
-def _layers(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[torch.dtype, str, list[Launch]]]:
-    """dtype, layout and launches of every layer of the report."""
+def _layers(dtypes: Sequence[torch.dtype]) -> Iterator[list[Launch]]:
+    """The launches of every layer of the report."""
     modes = (True, False)
     for (shape, channels_last), dtype, layer, training in product(BATCH_NORM_SHAPES, dtypes, BATCH_NORM_LAYERS, modes):
-        layout = "channels-last" if channels_last else "NCHW"
-        yield dtype, layout, layer(shape, dtype, channels_last=channels_last, training=training)
+        yield layer(shape, dtype, channels_last=channels_last, training=training)
     for (M, N, K), dtype, training in product(LINEAR_SHAPES, dtypes, modes):
         for layer in (layer_norm_linear_launches, linear_layer_norm_launches):
             for tf32 in (True, False) if dtype == torch.float32 else (False,):
-                yield dtype, "rows", layer(M, N, K, dtype, tf32=tf32, training=training)
+                yield layer(M, N, K, dtype, tf32=tf32, training=training)
         if dtype != torch.float32:
-            yield (
-                dtype,
-                "rows",
-                layer_norm_linear_launches(M, N, K, dtype, tf32=False, training=training, input_dtype=torch.float32),
-            )
-
-
-if __name__ == "__main__":
-    for row in report(sys.argv[1], [getattr(torch, name) for name in sys.argv[2:]]):
-        print(json.dumps(row))
+            yield layer_norm_linear_launches(
+                M, N, K, dtype, tf32=False, training=training, input_dtype=torch.float32
+            )  # fmt: skip

@@ -20,16 +20,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.instruments.interpreter import fast_interpreter
 
+SECTOR = 32  # bytes: the least that a GPU moves between device memory and its caches
 ACTIVATION, MASK, VECTOR = "activation", "mask", "vector"
 ALLOCATIONS = {
     "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_",
 }  # fmt: skip
 OVERWRITES = {"copy_", "fill_", "zero_"}  # they write their first argument without reading it
+# Operands that PyTorch's GPU kernels read once more, after a reduction over them, where statistics are the batch's.
+REREAD = {"native_batch_norm": ("input",), "native_batch_norm_backward": ("grad_out", "input")}
 
 
 @dataclass
 class TensorTraffic:
-    """What one launch did with one tensor argument; bytes. ``issued`` counts a re-read again, ``distinct`` does not."""
+    """What one launch did with one tensor argument; bytes. ``issued`` counts a re-read again, ``distinct`` does not.
+
+    ``sectors`` adds up, for every access of every program, the whole sectors it touches.
+    """
 
     name: str
     kind: str
@@ -37,6 +43,7 @@ class TensorTraffic:
     stop: int
     issued_read: int = 0
     issued_written: int = 0
+    sectors: int = 0
     read: np.ndarray = field(init=False, repr=False)
     written: np.ndarray = field(init=False, repr=False)
 
@@ -53,6 +60,7 @@ class TensorTraffic:
         return int(self.read.sum()) + int(self.written.sum())
 
     def touch(self, addresses: np.ndarray, width: int, *, write: bool) -> None:
+        self.sectors += SECTOR * np.unique(addresses // SECTOR).size
         seen = self.written if write else self.read
         for byte in range(width):
             seen[addresses - self.start + byte] = True
@@ -154,6 +162,11 @@ class TrafficMeter:
     def aten_bytes(self) -> int:
         """Activation-sized bytes read and written by ATen operators."""
         return sum(call.bytes for call in self.aten)
+
+    @property
+    def sector_bytes(self) -> int:
+        """Bytes of the sectors that accesses to activations and masks touch, whole and again for every access."""
+        return sum(t.sectors for launch in self.launches for t in launch.tensors if t.kind != VECTOR)
 
     @property
     def vector_bytes(self) -> int:
@@ -275,6 +288,7 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, 
         return 0
     schema = func._schema.arguments
     values = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
+    again = REREAD.get(name, ()) if any(a.name in ("training", "train") and value for a, value in values) else ()
     template = name.endswith("_like") or name.startswith("new_")  # the argument gives a shape, no values
     read = written = 0
     storages = set()
@@ -287,7 +301,7 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, 
             size = _size(tensor, meter)
             written += size if writes else 0
             overwrites = writes and (name in OVERWRITES or argument.is_out)
-            read += 0 if overwrites or template else size
+            read += 0 if overwrites or template else size * (1 + (argument.name in again))
     fresh = [t for t in _tensors(result) if t.untyped_storage().data_ptr() not in storages]
     if not fresh and not mutates:
         return 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.suites import compile_study, memory, probe, timed, train
+from benchmarks.suites import codegen, compile_study, memory, probe, timed, traffic, train
 
 SUITES = {
-    suite.name: suite for suite in (*timed.TIMED_SUITES, memory.SUITE, compile_study.SUITE, probe.SUITE, train.SUITE)
-}
-ALL = tuple(name for name in SUITES if name not in ("probe", "train"))  # in this order
+    suite.name: suite
+    for suite in (
+        *timed.TIMED_SUITES, memory.SUITE, traffic.SUITE, codegen.SUITE, compile_study.SUITE, probe.SUITE, train.SUITE,
+    )
+}  # fmt: skip
+ALL = tuple(name for name in SUITES if name not in ("compile-study", "probe", "train"))  # in this order

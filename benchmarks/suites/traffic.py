@@ -1,33 +1,34 @@
 """Traffic of the fused functions against their byte budgets, counted in Triton's interpreter.
 
-The suite runs itself in a subprocess, because triton decides at import whether it interprets.
+Cases run in processes of their own, because triton decides at import whether it interprets. Times are predictions
+from the bytes and the facts in ``devices``; nothing is timed.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
-from benchmarks.environment import ROOT, describe
-from benchmarks.errors import BenchmarkError, allowed, errors
-from benchmarks.instruments.meter import TrafficMeter
-from benchmarks.results import Row
+from benchmarks.devices import DEVICES, PREDICTED
+from benchmarks.environment import describe
+from benchmarks.errors import allowed, errors
+from benchmarks.instruments.meter import SECTOR, TrafficMeter
+from benchmarks.results import Key, Row
+from benchmarks.suite import CPU, Request, Suite
 from benchmarks.suites import traffic_batch_norm, traffic_linear
+from benchmarks.workers import spread
 
 Tensors = dict[str, Tensor]
+Function = Callable[[Tensors, bool], tuple[Tensor, ...]]
 
 
-class Case(Protocol):
+class Subject(Protocol):
     """A fused function at one shape: its inputs, the same in eager PyTorch, and what it may move."""
 
     @property
@@ -38,6 +39,16 @@ class Case(Protocol):
 
     @property
     def layout(self) -> str: ...
+
+    @property
+    def rows(self) -> int:
+        """Over which vectors are spread."""
+        ...
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """Lengths of contiguous rows."""
+        ...
 
     def inputs(self) -> Tensors:
         """Those with ``requires_grad`` are differentiated."""
@@ -53,73 +64,102 @@ class Case(Protocol):
 
     def meter(self, tensors: Tensors) -> TrafficMeter: ...
 
-    def figures(self, phase: str, meter: TrafficMeter) -> dict[str, float | None]:
-        """Beside the launches and the stray bytes: what was moved, and the budget."""
+    def figures(self, phase: str, meter: TrafficMeter, eager: TrafficMeter) -> dict[str, float | None]:
+        """What was moved, the budget, and what others move."""
+        ...
+
+    def complaints(self, phase: str, meter: TrafficMeter) -> list[str]:
+        """What is over budget."""
         ...
 
 
-DTYPE = torch.bfloat16
-CASES: list[Case] = [*traffic_batch_norm.CASES, *traffic_linear.CASES]
+class Counted(NamedTuple):
+    """Of one phase: the traffic of the fused function and of eager PyTorch, and whether the results were right."""
+
+    phase: str
+    meter: TrafficMeter
+    eager: TrafficMeter
+    right: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """All phases of a subject."""
+
+    subject: Subject
+
+    @property
+    def workload(self) -> str:
+        return self.subject.workload
+
+    @property
+    def keys(self) -> list[Key]:
+        subject = self.subject
+        return [(subject.workload, phase, PROVIDER, subject.shape, DTYPE_NAME, subject.layout) for phase in PHASES]
+
+
+DTYPE, DTYPE_NAME, PROVIDER = torch.bfloat16, "bfloat16", "fusedres"
+SUBJECTS: list[Subject] = [*traffic_batch_norm.CASES, *traffic_linear.CASES]
 PHASES = ("forward", "backward", "eval")
+VECTORS, MANY_ROWS = 0.05, 10_000  # the share of vectors and partial sums, where there are so many rows
+# Of the bytes in the sectors touched, at least: where rows are whole sectors, or not. Less is uncoalesced.
+USEFUL = {True: 0.95, False: 0.55}
+INTERPRETED = {
+    "TRITON_INTERPRET": "1", "FUSEDRES_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
 
 
-def run() -> Iterator[Row]:
-    """Measure every case in subprocesses, one a core, yielding rows as they come.
-
-    Raises:
-        BenchmarkError: triton is missing, or a subprocess failed.
-    """
-    workers = min(os.cpu_count() or 1, 4)
-    rows: queue.Queue[Row | BenchmarkError | None] = queue.Queue()
-    with ThreadPoolExecutor(workers) as pool:
-        for worker in range(workers):
-            pool.submit(_work, list(range(worker, len(CASES), workers)), rows)
-        running = workers
-        while running:
-            row = rows.get()
-            if isinstance(row, BenchmarkError):
-                raise row
-            if row is None:
-                running -= 1
-            else:
-                yield row
+def plan(request: Request) -> list[Case]:
+    """Quick: without the shape that takes longest to interpret, a large one in NCHW."""
+    if PROVIDER not in (request.providers or [PROVIDER]) or DTYPE_NAME not in (request.dtypes or [DTYPE_NAME]):
+        return []
+    slow = (traffic_batch_norm.SHAPES[0], "NCHW") if request.quick else None
+    return [
+        Case(subject)
+        for subject in SUBJECTS
+        if subject.shape[0] in (request.batches or subject.shape) and (subject.shape, subject.layout) != slow
+    ]
 
 
-def _work(cases: list[int], rows: queue.Queue[Row | BenchmarkError | None]) -> None:
-    """Run ``cases``, by number, in one subprocess; its rows, or an error, and a final ``None`` go to the queue."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSEDRES_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.suites.traffic", json.dumps(cases)]
-    with (
-        tempfile.TemporaryFile("w+") as stderr,
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) as child,
-    ):
-        assert child.stdout is not None
-        for line in child.stdout:
-            rows.put(Row(**json.loads(line)))
-        if child.wait():
-            stderr.seek(0)
-            complaint = stderr.read().strip().splitlines()
-            rows.put(BenchmarkError(f"counting traffic failed: {complaint[-1] if complaint else child.returncode}"))
-    rows.put(None)
+def run(request: Request, cases: Sequence[Case]) -> Iterator[Row]:
+    return spread("traffic", work, cases, INTERPRETED, request.seconds)
 
 
-def measure(case: Case) -> Iterator[tuple[str, TrafficMeter, bool]]:
-    """Yields the phase, its traffic and whether its results were right."""
+def work(case: Case) -> list[Row]:
+    """The rows of a case, in a process that interprets kernels."""
+    return [_row(case.subject, counted) for counted in measure(case.subject)]
+
+
+def measure(subject: Subject) -> Iterator[Counted]:
+    """Run all phases, fused and eager, under meters, and compare with float64."""
     torch.manual_seed(0)
-    tensors = case.inputs()
-    exact = _copies(tensors, torch.float64)
-    cotangents = [cotangent.to(DTYPE) for cotangent in case.cotangents(exact)]
-    meters = {phase: case.meter(tensors) for phase in PHASES}
+    tensors = subject.inputs()
+    exact, peer = _copies(tensors, torch.float64), _copies(tensors)
+    cotangents = [cotangent.to(DTYPE) for cotangent in subject.cotangents(exact)]
+    meters, eager = ({phase: subject.meter(tensors) for phase in PHASES} for _ in range(2))
+    results = _phases(subject.fused, tensors, cotangents, meters)
+    peers = _phases(subject.eager, peer, cotangents, eager)
+    reference = _phases(subject.eager, exact, cotangents, dict.fromkeys(PHASES, nullcontext()))
+    for phase in PHASES:
+        right = _right(results[phase], peers[phase], reference[phase])
+        yield Counted(phase, meters[phase], eager[phase], right)
+
+
+def _phases(
+    function: Function,
+    tensors: Tensors,
+    cotangents: Sequence[Tensor],
+    meters: Mapping[str, AbstractContextManager[object]],
+) -> dict[str, tuple[Tensor, ...]]:
     with meters["forward"]:
-        outputs = case.fused(tensors, True)
+        outputs = function(tensors, True)
+    cotangents = [c.to(out.dtype) for c, out in zip(cotangents, outputs, strict=True)]
+    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
     with meters["backward"]:
-        gradients = torch.autograd.grad(outputs, _leaves(tensors), cotangents)
+        gradients = torch.autograd.grad(outputs, leaves, cotangents)
     with torch.no_grad(), meters["eval"]:
-        evaluated = case.fused(tensors, False)
-    results = {"forward": outputs, "backward": gradients, "eval": evaluated}
-    reference, peer = (_eager(case, copies, cotangents) for copies in (exact, _copies(tensors)))
-    for phase, meter in meters.items():
-        yield phase, meter, _right(results[phase], peer[phase], reference[phase])
+        evaluated = function(tensors, False)
+    return {"forward": outputs, "backward": gradients, "eval": evaluated}
 
 
 def _copies(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
@@ -127,17 +167,6 @@ def _copies(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
         name: tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_(tensor.requires_grad)
         for name, tensor in tensors.items()
     }
-
-
-def _leaves(tensors: Tensors) -> list[Tensor]:
-    return [tensor for tensor in tensors.values() if tensor.requires_grad]
-
-
-def _eager(case: Case, tensors: Tensors, cotangents: Sequence[Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    outputs = case.eager(tensors, True)
-    cotangents = [c.to(out.dtype) for c, out in zip(cotangents, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, _leaves(tensors), cotangents)
-    return {"forward": outputs, "backward": gradients, "eval": case.eager(tensors, False)}
 
 
 def _right(actual: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]) -> bool:
@@ -149,31 +178,77 @@ def _right(actual: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Te
     )
 
 
-def position(row: Row) -> int:
-    """The place of a row's case in ``CASES``."""
-    cases = [(case.workload, list(case.shape), case.layout) for case in CASES]
-    return cases.index((row.workload, row.shape, row.layout))
+def complaints(subject: Subject, counted: Counted) -> list[str]:
+    """What is wrong with a phase, in its results or its traffic; empty where nothing is."""
+    meter = counted.meter
+    found = [] if counted.right else ["wrong results"]
+    found += subject.complaints(counted.phase, meter)
+    if meter.stray_bytes:
+        found.append(f"{meter.stray_bytes} bytes outside of every argument")
+    if subject.rows >= MANY_ROWS and meter.vector_bytes > VECTORS * (meter.distinct_bytes + meter.aten_bytes):
+        found.append(f"{meter.vector_bytes} bytes of vectors and partial sums")
+    whole = all(extent * DTYPE.itemsize % SECTOR == 0 for extent in subject.extents)
+    if meter.issued_bytes < USEFUL[whole] * meter.sector_bytes:
+        found.append(f"{meter.issued_bytes} useful bytes in sectors of {meter.sector_bytes}")
+    return found
 
 
-def _row(case: Case, phase: str, meter: TrafficMeter, right: bool) -> Row:
-    figures = {
-        "launches": float(len(meter.launches)),
-        **case.figures(phase, meter),
-        "stray_bytes": float(meter.stray_bytes),
-    }
+def _row(subject: Subject, counted: Counted) -> Row:
+    meter, wrong = counted.meter, complaints(subject, counted)
+    launches = [
+        {
+            "kernel": launch.kernel,
+            "tensors": {t.name: [t.issued, t.distinct, t.sectors] for t in launch.tensors if t.issued},
+        }
+        for launch in meter.launches
+    ]
+    check: dict[str, Any] = {"ok": not wrong, "complaints": wrong, "launches": launches}
     return Row(
-        "traffic", case.workload, phase, "fusedres", list(case.shape), str(DTYPE).removeprefix("torch."), case.layout,
-        "ok" if right else "WRONG", figures, note=", ".join(launch.kernel for launch in meter.launches),
-        environment=describe(torch.device("cpu")),
+        "traffic", subject.workload, counted.phase, PROVIDER, list(subject.shape), DTYPE_NAME, subject.layout,
+        "WRONG" if wrong else "ok", _figures(subject, counted), check,
+        ", ".join(launch.kernel for launch in meter.launches), describe(CPU),
     )  # fmt: skip
 
 
-def main(cases: list[int]) -> None:
-    torch.set_num_threads(1)
-    for case in (CASES[number] for number in cases):
-        for phase, meter, right in measure(case):
-            print(json.dumps(vars(_row(case, phase, meter, right))), flush=True)
+def _figures(subject: Subject, counted: Counted) -> dict[str, float | None]:
+    meter = counted.meter
+    moved, calls = meter.distinct_bytes + meter.aten_bytes + meter.vector_bytes, len(meter.launches) + len(meter.aten)
+    return {
+        "launches": float(len(meter.launches)),
+        **subject.figures(counted.phase, meter, counted.eager),
+        "issued_bytes": float(meter.issued_bytes),
+        "sector_bytes": float(meter.sector_bytes),
+        "sector_efficiency": round(meter.issued_bytes / meter.sector_bytes, 4),
+        "stray_bytes": float(meter.stray_bytes),
+        "eager_bytes": float(counted.eager.aten_bytes),
+        **{name: round(DEVICES[device].predicted_us(moved, calls), 2) for name, device in PREDICTED.items()},
+    }
 
 
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+def table(rows: Sequence[Row]) -> Table:
+    """A line a case and phase; times are predictions."""
+    shown = Table(title="bytes moved, counted in the interpreter; times are predictions from them, not measured")
+    for column in ("function", "shape", "layout", "phase"):
+        shown.add_column(column)
+    for column in ("launches", "moved", "budget", "eager", "sectors used", "H100 (us)", "status"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        figures = {name: value or 0.0 for name, value in row.figures.items()}
+        if "passes" in figures:
+            moved = figures["passes"] + figures["aten_passes"], figures["budget_passes"], figures["eager_passes"]
+            cells = [f"{value:.4g}" for value in moved]
+        else:
+            total = figures["distinct_bytes"] + figures["aten_bytes"]
+            moved = total, figures["budget_bytes"] + figures["aten_budget_bytes"], figures["eager_bytes"]
+            cells = [f"{value / 1024:.0f} KiB" for value in moved]
+        shown.add_row(
+            row.workload, "x".join(map(str, row.shape)), row.layout, row.mode, f"{figures['launches']:.0f}", *cells,
+            f"{figures['sector_efficiency']:.0%}", f"{figures['us_h100']:.1f}", row.status,
+        )  # fmt: skip
+    return shown
+
+
+SUITE = Suite(
+    "traffic", "bytes that the fused functions move, counted in the interpreter, against their budgets",
+    plan, run, table, on_cpu=True,
+)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,17 @@ BUDGET = {
     "batch_norm_act + residual": {"forward": (4 + BIT, 3 + BIT), "backward": (6 + BIT, 4 + BIT), "eval": (3.0, 3.0)},
     "add_batch_norm_act": {"forward": (5.0, 4.0), "backward": (6.0, 4.0), "eval": (4.0, 4.0)},
 }
+# The same of others, not counted here: what attorch's kernels and Inductor's generated code were read to move (of a
+# range, the least), and the floor: statistics from the convolution or on-chip, and in evaluation folded into the
+# convolution. None: not known.
+PEERS = ("attorch_passes", "inductor_passes", "floor_passes")
+OTHERS: dict[str, dict[str, tuple[float | None, ...]]] = {
+    "batch_norm_act": {"forward": (4, 3, 2), "backward": (8, 5, 3), "eval": (2, 2, 0)},
+    "batch_norm_act + residual": {"forward": (5, 4, 3), "backward": (8, 7, 4), "eval": (3, 3, 0)},
+    "add_batch_norm_act": dict.fromkeys(("forward", "backward", "eval"), (None, None, None)),
+}
+MARGIN = 1.05  # over the budget
+LAUNCHES = {"forward": 2, "backward": 2, "eval": 1}
 
 
 class Case(NamedTuple):
@@ -34,6 +46,14 @@ class Case(NamedTuple):
     @property
     def on_chip(self) -> bool:
         return self.shape == ON_CHIP
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] * math.prod(self.shape[2:])
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        return (self.shape[1] if self.layout == "channels-last" else math.prod(self.shape[2:]),)
 
     def budget(self, phase: str) -> float:
         return BUDGET[self.workload][phase][self.on_chip]
@@ -83,12 +103,22 @@ class Case(NamedTuple):
     def meter(self, tensors: dict[str, Tensor]) -> TrafficMeter:
         return TrafficMeter(tensors["input"])
 
-    def figures(self, phase: str, meter: TrafficMeter) -> dict[str, float | None]:
+    def complaints(self, phase: str, meter: TrafficMeter) -> list[str]:
+        found, total, launches = [], meter.passes + meter.aten_passes, 1 if self.on_chip else LAUNCHES[phase]
+        if total > MARGIN * self.budget(phase):
+            found.append(f"{total:.2f} passes over an activation, more than {self.budget(phase):.2f}")
+        if len(meter.launches) > launches:
+            found.append(f"{len(meter.launches)} launches, more than {launches}")
+        return found
+
+    def figures(self, phase: str, meter: TrafficMeter, eager: TrafficMeter) -> dict[str, float | None]:
         return {
             "passes": round(meter.passes, 4),
             "distinct_passes": round(meter.distinct_passes, 4),
             "aten_passes": round(meter.aten_passes, 4),
             "budget_passes": self.budget(phase),
+            "eager_passes": round(eager.aten_passes, 4),
+            **dict(zip(PEERS, OTHERS[self.workload][phase], strict=True)),
             "vector_share": round(meter.vector_bytes / meter.issued_bytes, 5),
         }
 

@@ -19,6 +19,7 @@ from fusedres import functional
 DTYPE = torch.bfloat16
 NORM_FIRST, LINEAR_FIRST = "layer_norm_linear_act", "linear_layer_norm_act"
 WIDE = (128, 256, 1100)  # the vendor library multiplies in the forward too
+MARGIN = 0.05
 SHAPES = ((10240, 128, 64), (64, 512, 512), (175, 300, 200), WIDE)
 
 
@@ -36,6 +37,14 @@ class Case(NamedTuple):
     workload: str
     shape: tuple[int, ...]
     layout: str = "contiguous"
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        return self.shape[1:]
 
     def budget(self, phase: str) -> Budget:
         M, K, N = self.shape
@@ -96,7 +105,21 @@ class Case(NamedTuple):
         M, K, N = self.shape
         return TrafficMeter(tensors["input"], sizes=(M * K, N * K, M * N))
 
-    def figures(self, phase: str, meter: TrafficMeter) -> dict[str, float | None]:
+    def complaints(self, phase: str, meter: TrafficMeter) -> list[str]:
+        """More than the budget, and less: then it is no longer what the kernels move."""
+        budget, found = self.budget(phase), []
+        for who, there, wanted in (
+            ("kernels", meter.distinct_bytes, budget.kernels),
+            ("the vendor's products", meter.aten_bytes, budget.vendor),
+        ):
+            if abs(there - wanted) > MARGIN * wanted:
+                found.append(f"{there} bytes moved by {who}, not {wanted}")
+        if len(meter.launches) != budget.launches:
+            found.append(f"{len(meter.launches)} launches, not {budget.launches}")
+        return found
+
+    def figures(self, phase: str, meter: TrafficMeter, eager: TrafficMeter) -> dict[str, float | None]:
+        del eager
         budget = self.budget(phase)
         return {
             "distinct_bytes": float(meter.distinct_bytes),

@@ -84,6 +84,8 @@ def _run(arguments: argparse.Namespace) -> bool:
     for name in request.workloads or ():
         if plans and name not in known:
             raise BenchmarkError(f"unknown workload {name!r}; choose from {', '.join(sorted(known))}")
+    if plans and not known:
+        raise BenchmarkError(f"{arguments.suite} measures nothing of that kind; see benchmarks/README.md")
     right = True
     for name, cases in plans.items():
         chosen = [case for case in cases if request.workloads is None or case.workload in request.workloads]

@@ -17,6 +17,11 @@ from benchmarks.results import Row
 from benchmarks.suite import CPU, Case
 
 MOST = 8
+# One thread each, as there is a process a core.
+INTERPRETED: dict[str, str | None] = {
+    "TRITON_INTERPRET": "1", "FUSEDRES_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+COMPILED: dict[str, str | None] = {"TRITON_INTERPRET": None, "OMP_NUM_THREADS": "1"}
 C = TypeVar("C", bound=Case)
 T = TypeVar("T")
 

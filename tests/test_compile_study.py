@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,13 +136,13 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The seconds of the second process are the warm ones; nothing else of it counts."""
     asked: list[tuple[bool, str]] = []
 
-    def ask(_: str, question: dict, environment: dict) -> dict:
-        warm = question.get("warm", False)
+    def apart(function: Any, environment: dict[str, str], case: Case) -> dict:
+        warm = getattr(function, "keywords", {}).get("warm", False)
         asked.append((warm, environment["TORCHINDUCTOR_CACHE_DIR"]))
         figures = {"compile_warm_s": 1.0} if warm else {"compile_cold_s": 9.0, "launches": 4.0}
         return {mode: {"figures": dict(figures), "check": {"ok": True}} for mode in MODES}
 
-    monkeypatch.setattr(compile_study, "ask", ask)
+    monkeypatch.setattr(compile_study, "apart", apart)
     rows = list(compile_study.run(Request(torch.device("cpu"), tmp_path), [BLOCK]))
     assert [warm for warm, _ in asked] == [False, True]
     assert len({folder for _, folder in asked}) == 1

@@ -126,7 +126,7 @@ def test_a_wrong_provider_has_no_share(monkeypatch: pytest.MonkeyPatch, tmp_path
         BASELINE: {"figures": dict(figures), "check": {"ok": True}},
         "fusedres": {"figures": dict(figures, saved_mib=1.0), "check": {"ok": False}, "status": "WRONG"},
     }
-    monkeypatch.setattr(memory, "ask", lambda *_: answers)
+    monkeypatch.setattr(memory, "apart", lambda *_: answers)
     eager, ours = memory.run(request(tmp_path), [BLOCK])
     assert [eager.figures["saved_share"], ours.figures["saved_share"]] == [1.0, None]
     assert [eager.key, ours.key] == BLOCK.keys
@@ -143,10 +143,10 @@ def test_a_provider_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_process_that_fails_becomes_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def ask(*_: object) -> None:
+    def apart(*_: object) -> None:
         raise BenchmarkError("it broke")
 
-    monkeypatch.setattr(memory, "ask", ask)
+    monkeypatch.setattr(memory, "apart", apart)
     rows = list(memory.run(request(tmp_path), [BLOCK]))
     assert [(row.status, row.note, row.figures) for row in rows] == [("failed", "it broke", {})] * 2
     late = list(memory.run(request(tmp_path, seconds=-1.0), [BLOCK]))

@@ -16,11 +16,10 @@ from benchmarks.devices import BY_ARCH
 from benchmarks.environment import describe
 from benchmarks.results import Key, Row
 from benchmarks.suite import CPU, Request, Suite
-from benchmarks.workers import apart, spread
+from benchmarks.workers import COMPILED, apart, spread
 
-ARCHS = {True: ("sm_90", "gfx942"), False: tuple(BY_ARCH)}  # quick or not
+ARCHS = {True: ("sm_90",), False: tuple(BY_ARCH)}  # quick or not
 DTYPES = {True: ("bfloat16",), False: ("bfloat16", "float32", "float16")}
-COMPILED: dict[str, str | None] = {"TRITON_INTERPRET": None, "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)

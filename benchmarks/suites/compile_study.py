@@ -7,13 +7,12 @@ alone; all else does not depend on what they compute.
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from torch import nn
 import fusedres
 from benchmarks.environment import describe
 from benchmarks.errors import BenchmarkError
-from benchmarks.instruments.apart import INTERPRETED, ask, caches
 from benchmarks.instruments.compiled import AtenCalls, compiled, counted_launches, recompilations
 from benchmarks.instruments.interpreter import fast_interpreter
 from benchmarks.instruments.saved import saved_for_backward
@@ -33,6 +31,7 @@ from benchmarks.providers import Instance, Provider, instantiate
 from benchmarks.results import Key, Row
 from benchmarks.suite import Request, Suite
 from benchmarks.suites.subject import SUBJECTS, Subject, check, kernels_skipped
+from benchmarks.workers import INTERPRETED, apart
 
 MODES = ("training", "inference")
 MIB = 2**20
@@ -103,18 +102,29 @@ def run(request: Request, cases: Sequence[Case]) -> Iterator[Row]:
 
 
 def _ask_twice(case: Case) -> dict[str, dict[str, Any]]:
-    question = asdict(case)
     with tempfile.TemporaryDirectory() as folder:
-        environment = caches(Path(folder)) | (INTERPRETED if case.device == "cpu" else {})
+        environment = _caches(Path(folder)) | (INTERPRETED if case.device == "cpu" else {})
         try:
-            answers = ask("benchmarks.suites.compile_study", question, environment)
+            answers = apart(study, environment, case)
             if all(answer.get("figures", {}).get("compile_cold_s") is not None for answer in answers.values()):
-                warm = ask("benchmarks.suites.compile_study", question | {"warm": True}, environment)
+                warm = apart(partial(study, warm=True), environment, case)
                 for mode in MODES:
                     answers[mode]["figures"]["compile_warm_s"] = warm[mode]["figures"]["compile_warm_s"]
         except BenchmarkError as error:
             return _both("failed", str(error))
     return answers
+
+
+def _caches(folder: Path) -> dict[str, str | None]:
+    """Where the compilers keep what they made: nothing else is read.
+
+    On a CPU, Inductor's probes of the vector instructions are left out: they belong to a machine, and not to a model.
+    """
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_VEC_ISA_OK": "1",
+    }
 
 
 def _both(status: str, note: str) -> dict[str, dict[str, Any]]:
@@ -240,9 +250,14 @@ class Study:
 
 
 def study(case: Case, *, warm: bool = False) -> dict[str, dict[str, Any]]:
-    """The fields of a case's rows by mode; a case that cannot run is a result, too."""
+    """The fields of a case's rows by mode; a case that cannot run is a result, too.
+
+    In a process that interprets kernels if the device is a CPU.
+    """
+    torch.set_num_threads(1)
     try:
-        return Study(case).answer(warm=warm)
+        with fast_interpreter() if case.device == "cpu" else nullcontext():
+            return Study(case).answer(warm=warm)
     except torch.OutOfMemoryError as error:
         return _both("OOM", first_line(error))
     except Exception as error:
@@ -270,15 +285,3 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 SUITE = Suite("compile-study", "what torch.compile generates beside what fusedres launches", plan, run, table)
-
-
-def main(question: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    warm = question.pop("warm", False)
-    case = Case(**{**question, "shape": tuple(question["shape"])})
-    with fast_interpreter() if case.device == "cpu" else nullcontext():
-        print(json.dumps(study(case, warm=warm)))
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -6,11 +6,7 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedres
-from benchmarks.environment import ROOT
-from benchmarks.errors import BenchmarkError
 from benchmarks.instruments.interpreter import fast_interpreter
+from benchmarks.workers import INTERPRETED, apart
 
 
 @dataclass(frozen=True)
@@ -157,18 +152,17 @@ def fused_run(recipe: Recipe) -> Curve:
 
 
 def interpreted_run(recipe: Recipe) -> Curve:
-    """The same in a subprocess whose kernels run in Triton's interpreter and may not fall back.
+    """The same in a process whose kernels run in Triton's interpreter and may not fall back.
 
     Raises:
-        BenchmarkError: the subprocess failed.
+        BenchmarkError: the process failed.
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSEDRES_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.suites.digits", json.dumps(asdict(recipe))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        complaint = done.stderr.strip().splitlines()
-        raise BenchmarkError(f"interpreted training failed: {complaint[-1] if complaint else done.returncode}")
-    return Curve(**json.loads(done.stdout.splitlines()[-1]))
+    return apart(_interpreted, INTERPRETED, recipe)
+
+
+def _interpreted(recipe: Recipe) -> Curve:
+    with fast_interpreter():
+        return fused_run(recipe)
 
 
 def agreement(fused: Curve, eager: dict[str, Curve]) -> Agreement:
@@ -185,8 +179,3 @@ def agreement(fused: Curve, eager: dict[str, Curve]) -> Agreement:
     distance = np.maximum.accumulate(np.abs(curves - np.array(fused.losses[:length])), axis=1)
     nearest = distance[distance[:, -1].argmin()]
     return Agreement(float(nearest[-1]), float(spread[-1] + slack), bool((nearest <= spread + slack).all()))
-
-
-if __name__ == "__main__":
-    with fast_interpreter():
-        print(json.dumps(asdict(fused_run(Recipe(**json.loads(sys.argv[1]))))))

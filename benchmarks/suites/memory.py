@@ -1,17 +1,15 @@
 """What a training step keeps in memory: bytes saved for the backward and, on a GPU, the peak.
 
-``python -m benchmarks.suites.memory QUESTION`` measures one model. On a CPU the suite does so with the kernels'
+Each model is measured in a process of its own. On a CPU that is with the kernels'
 launchers at work, which allocate what they do on a GPU; the kernels themselves run, interpreted, for the check alone.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from torch import Tensor, nn
 
 from benchmarks.environment import describe
 from benchmarks.errors import BenchmarkError
-from benchmarks.instruments.apart import INTERPRETED, ask
 from benchmarks.instruments.interpreter import fast_interpreter
 from benchmarks.instruments.saved import peak_bytes, saved_for_backward
 from benchmarks.parity import first_line
@@ -29,6 +26,7 @@ from benchmarks.providers import BASELINE, EAGER, PROVIDERS, Instance, instantia
 from benchmarks.results import Key, Row
 from benchmarks.suite import Request, Suite
 from benchmarks.suites.subject import SUBJECTS, Subject, check, kernels_skipped
+from benchmarks.workers import INTERPRETED, apart
 
 GPU_PROVIDERS = (EAGER, BASELINE, "torch.compile", "fusedres", "fusedres + compile")
 CPU_PROVIDERS = (EAGER, BASELINE, "fusedres")  # the C++ compiler takes minutes for a network
@@ -112,7 +110,7 @@ def _unmeasured(case: Case, status: str = "not measured", note: str = "out of ti
 
 def _ask(case: Case) -> dict[str, dict[str, Any]]:
     try:
-        return ask("benchmarks.suites.memory", asdict(case), INTERPRETED if case.device == "cpu" else {})
+        return apart(measure, INTERPRETED if case.device == "cpu" else {}, case)
     except BenchmarkError as error:
         return _unmeasured(case, "failed", str(error))
 
@@ -129,9 +127,11 @@ def _row(case: Case, provider: str, answer: dict[str, Any], baseline: float | No
 
 
 def measure(case: Case) -> dict[str, dict[str, Any]]:
-    """Status, figures, check and note by provider: fields of its row."""
+    """Status, figures, check and note by provider, in a process that interprets kernels if the device is a CPU."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    return {provider: _measure_one(case, provider) for provider in case.providers}
+    with fast_interpreter() if case.device == "cpu" else nullcontext():
+        return {provider: _measure_one(case, provider) for provider in case.providers}
 
 
 def _measure_one(case: Case, provider: str) -> dict[str, Any]:
@@ -214,14 +214,3 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 SUITE = Suite("memory", "bytes saved for the backward, and the peak of a training step", plan, run, table)
-
-
-def main(question: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    case = Case(**{**question, "providers": tuple(question["providers"]), "shape": tuple(question["shape"])})
-    with fast_interpreter() if case.device == "cpu" else nullcontext():
-        print(json.dumps(measure(case)))
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -22,7 +22,7 @@ from benchmarks.instruments.meter import SECTOR, TrafficMeter
 from benchmarks.results import Key, Row
 from benchmarks.suite import CPU, Request, Suite
 from benchmarks.suites import traffic_batch_norm, traffic_linear
-from benchmarks.workers import spread
+from benchmarks.workers import INTERPRETED, spread
 
 Tensors = dict[str, Tensor]
 Function = Callable[[Tensors, bool], tuple[Tensor, ...]]
@@ -104,9 +104,6 @@ PHASES = ("forward", "backward", "eval")
 VECTORS, MANY_ROWS = 0.05, 10_000  # the share of vectors and partial sums, where there are so many rows
 # Of the bytes in the sectors touched, at least: where rows are whole sectors, or not. Less is uncoalesced.
 USEFUL = {True: 0.95, False: 0.55}
-INTERPRETED = {
-    "TRITON_INTERPRET": "1", "FUSEDRES_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-}  # fmt: skip
 
 
 def plan(request: Request) -> list[Case]:

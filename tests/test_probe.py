@@ -14,12 +14,13 @@ import torch
 pytest.importorskip("rich")
 from benchmarks.environment import describe
 from benchmarks.errors import BenchmarkError
+from benchmarks.instruments import probe_routes
+from benchmarks.instruments.probe_kernels import Tile
+from benchmarks.instruments.probe_routes import Operands, measure
 from benchmarks.results import Row
 from benchmarks.suite import Request
-from benchmarks.suites import probe, probe_routes
+from benchmarks.suites import probe
 from benchmarks.suites.probe import CUDNN, MODES, TRITON, Convolution, Probed
-from benchmarks.suites.probe_kernels import Tile
-from benchmarks.suites.probe_routes import Operands, measure
 
 CPU = torch.device("cpu")
 SMALL = (Tile(16, 16, 16, 4, 1, 1), Tile(32, 64, 32, 4, 2, 3))
@@ -29,7 +30,7 @@ import json, sys
 import torch
 from benchmarks.instruments.codegen import compile_launch, recorded_launches
 from benchmarks.suites.probe import MODES
-from benchmarks.suites.probe_kernels import TILES, Prologue, conv1x1
+from benchmarks.instruments.probe_kernels import TILES, Prologue, conv1x1
 
 x = torch.empty(32, 256, 14, 14, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
 weight, vector = torch.empty(512, 256, dtype=torch.bfloat16), torch.empty(256)

@@ -117,7 +117,7 @@ def plan(request: Request) -> list[Probed]:
 
 def run(request: Request, cases: Sequence[Probed]) -> Iterator[Row]:
     """Measure; what was not begun in time comes out as rows that say so."""
-    from benchmarks.suites.probe_routes import measure  # needs triton
+    from benchmarks.instruments.probe_routes import measure  # needs triton
 
     deadline = time.monotonic() + request.seconds
     environment = describe(request.device) | machine.ceilings(request.device)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.errors import allowed, errors
+from benchmarks.instruments.probe_kernels import EPS, TILES, Prologue, Tile, conv1x1
 from benchmarks.results import Row
 from benchmarks.suites.probe import CUDNN, TRITON, Probed
-from benchmarks.suites.probe_kernels import EPS, TILES, Prologue, Tile, conv1x1
 from benchmarks.timing import Step
 from fusedres.functional import batch_norm_act
 from fusedres.kernels.batch_norm_forward import batch_norm_fwd_stats

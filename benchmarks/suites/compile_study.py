@@ -24,13 +24,13 @@ import fusedres
 from benchmarks.environment import describe
 from benchmarks.errors import BenchmarkError
 from benchmarks.instruments.compiled import AtenCalls, compiled, counted_launches, recompilations
-from benchmarks.instruments.interpreter import fast_interpreter
+from benchmarks.instruments.interpreter import fast_interpreter, kernels_skipped
 from benchmarks.instruments.saved import saved_for_backward
 from benchmarks.parity import first_line
 from benchmarks.providers import Instance, Provider, instantiate
 from benchmarks.results import Key, Row
 from benchmarks.suite import Request, Suite
-from benchmarks.suites.subject import SUBJECTS, Subject, check, kernels_skipped
+from benchmarks.suites.subject import SUBJECTS, Subject, check
 from benchmarks.workers import INTERPRETED, apart
 
 MODES = ("training", "inference")

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from benchmarks.environment import describe
 from benchmarks.errors import BenchmarkError
-from benchmarks.instruments.interpreter import fast_interpreter
+from benchmarks.instruments.interpreter import fast_interpreter, kernels_skipped
 from benchmarks.instruments.saved import peak_bytes, saved_for_backward
 from benchmarks.parity import first_line
 from benchmarks.providers import BASELINE, EAGER, PROVIDERS, Instance, instantiate
 from benchmarks.results import Key, Row
 from benchmarks.suite import Request, Suite
-from benchmarks.suites.subject import SUBJECTS, Subject, check, kernels_skipped
+from benchmarks.suites.subject import SUBJECTS, Subject, check
 from benchmarks.workers import INTERPRETED, apart
 
 GPU_PROVIDERS = (EAGER, BASELINE, "torch.compile", "fusedres", "fusedres + compile")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -27,7 +27,7 @@ Filter = Callable[[nn.Module, str], bool]
 OWN_BLOCKS: dict[type[nn.Module], Call] = {
     LayerNormLinear: Call("norm", "ln_linear_act"),
     LinearLayerNorm: Call("norm", "linear_ln_act"),
-    ResidualMLPBlock: Call("norm", "linear_ln_act", "with the addition"),
+    ResidualMLPBlock: Call("norm", "linear_ln_act", "with the addition", adds=True),
 }
 
 
@@ -64,7 +64,7 @@ def make_plans(model: nn.Module, filter_fn: Filter | None = None) -> list[Plan]:
             if plan.chain is not None:
                 chains[block] = plan.chain
 
-    with _original_classes(model):
+    with original_classes(model):
         visit(model)
     return [plans[block] for block in names]
 
@@ -138,7 +138,7 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module], chains: dic
         return join(block, graph, folded, chains, fusable)
 
     if type(block) in OWN_BLOCKS:
-        return Plan(name, block, (OWN_BLOCKS[type(block)],))
+        return Plan(name, block, (replace(OWN_BLOCKS[type(block)], acts=getattr(block, "act", None) is not None),))
     reason = "filter_fn" if block in refused else _block_refusal(block)
     if reason is not None:
         return Plan(name, block, reason=reason)
@@ -196,7 +196,7 @@ def _sealed(module: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def _original_classes(model: nn.Module) -> Iterator[None]:
+def original_classes(model: nn.Module) -> Iterator[None]:
     """Blocks that are fused already, as they were."""
     fused = [(module, type(module), original_class(module)) for module in model.modules()]
     for module, _, original in fused:

@@ -79,7 +79,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         yield name, module
-        if _sealed(module) is None:
+        if sealed(module) is None:
             children = [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
             pending += reversed(children)
 
@@ -90,7 +90,7 @@ def swap_refusal(norm: nn.Module) -> str | None:
         return f"{type(norm).__name__} is not nn.BatchNorm2d"
     if "forward" in vars(norm):
         return "its forward was replaced on the instance"
-    return _sealed(norm)
+    return sealed(norm)
 
 
 def layer_refusal(layer: nn.Module) -> str | None:
@@ -105,7 +105,7 @@ def layer_refusal(layer: nn.Module) -> str | None:
     for name, tensor in layer.named_parameters():
         if not is_plain(tensor):
             return f"its {name} is a {type(tensor).__name__}"
-    return _sealed(layer)
+    return sealed(layer)
 
 
 def own_layers(block: nn.Module) -> Iterator[nn.Module]:
@@ -185,13 +185,13 @@ def _block_refusal(block: nn.Module) -> str | None:
     forward = type(block).forward
     if forward is not nn.Sequential.forward and str(getattr(forward, "__module__", "")).startswith("torch."):
         return f"{type(block).__name__} is a wrapper of PyTorch's"
-    return _sealed(block)
+    return sealed(block)
 
 
-def _sealed(module: nn.Module) -> str | None:
+def sealed(module: nn.Module) -> str | None:
     """Why nothing below ``module`` may change."""
     if module._compiled_call_impl is not None or isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
-        return "it is compiled already"
+        return "it is compiled already; call fuse before compiling"
     return "it is a ScriptModule" if isinstance(module, torch.jit.ScriptModule) else None
 
 

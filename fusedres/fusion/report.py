@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,13 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.functional import layer_norm_refusal, refusal
-from fusedres.fusion.blocks import FusedBlock, is_intact
-from fusedres.fusion.chains import Chain, norms_that_add
-from fusedres.fusion.convert import is_taken
+from fusedres.fusion.entries import Entry, find_entries, unfused
 from fusedres.fusion.foreign import is_foreign
-from fusedres.fusion.pairs import is_native
-from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, swap_refusal, walk
-from fusedres.fusion.reads import mentions
+from fusedres.fusion.plan import swap_refusal
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.savings import bytes_saved
 from fusedres.fusion.shapes import Input, Sizes, measure
@@ -103,60 +98,14 @@ def explain(model: nn.Module, input: Input | None = None) -> Explanation:
     """
     sizes = None if input is None else measure(model, input)
     rows: list[dict[str, Any]] = []
-    fused = any(isinstance(module, FusedBlock) or is_taken(module) for _, module in walk(model))
-    for entry in _entries(model, fused):
-        row = _row(entry, fused)
+    for entry in find_entries(model):
+        row = _row(entry)
         rows.append(row | {SAVED: None if sizes is None else _saved(entry, row["path"], sizes)})
     step = "training" if model.training else "inference"
     return Explanation(rows, step if sizes else None, sizes.stopped if sizes else "")
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """What a row is about: a call in ``block`` of ``module``, the ``place``-th of ``count`` there."""
-
-    name: str
-    call: Call
-    module: nn.Module
-    block: nn.Module
-    place: int = 0
-    count: int = 1
-
-
-def _entries(model: nn.Module, fused: bool) -> Iterator[_Entry]:
-    names = {module: name for name, module in walk(model)}
-    seen: set[nn.Module] = set()
-    plans = make_plans(model)
-    adding = norms_that_add(_current_chains(plans, fused))
-    for plan in plans:
-        children = dict(plan.block.named_modules(remove_duplicate=False))
-        calls = _current_calls(plan, fused)
-        paths = [call.module for call in calls if call.pattern != "print"]
-        places = {path: iter(range(paths.count(path))) for path in paths}
-        for call in calls:
-            module = children[call.module]
-            if module in adding and call.pattern in ("bn", "bn_act"):
-                adding.remove(module)  # by the first of its calls
-                call = replace(call, pattern=f"add_{call.pattern}")
-            seen.add(module)
-            place = 0 if call.pattern == "print" else next(places[call.module])
-            yield _Entry(
-                names.get(module, call.module), call, module, plan.block, place, paths.count(call.module)
-            )  # fmt: skip
-    reasons = {plan.name: plan.reason for plan in plans}
-    for norm, name in names.items():
-        if isinstance(norm, _BatchNorm) and norm not in seen:
-            reason = _owner_reason(name, reasons)
-            if reason is not None:
-                yield _Entry(name, Call(name, "bn", reason), norm, norm)
-    for plan in plans:
-        for module in _layer_norms_left_alone(plan):
-            if module in names and module not in seen:
-                call = Call("", "ln", f"{plan.name or 'the model'}: {plan.reason}")
-                yield _Entry(names[module], call, module, module)
-
-
-def _saved(entry: _Entry, path: str, sizes: Sizes) -> int | None:
+def _saved(entry: Entry, path: str, sizes: Sizes) -> int | None:
     """Over all calls of the block; ``None`` where they are not those that were traced."""
     call, module, block = entry.call, entry.module, entry.block
     if path in ("", "eager") or call.pattern in ("bn", "ln"):
@@ -170,50 +119,10 @@ def _saved(entry: _Entry, path: str, sizes: Sizes) -> int | None:
     return None if None in saved else sum(filter(None, saved))
 
 
-def _current_calls(plan: Plan, fused: bool) -> tuple[Call, ...]:
-    """The calls as the block makes them now, or, where nothing is fused yet, as it would."""
-    block = plan.block
-    if not fused:
-        return plan.calls
-    if isinstance(block, FusedBlock) and is_intact(block):
-        return block._fusedres_code.calls
-    why = "a module or an attribute has changed since" if isinstance(block, FusedBlock) else "its block was left alone"
-    return tuple(
-        call if call.pattern in ("bn", "ln") or _is_own(plan, call) else Call(call.module, _unfused(call), why)
-        for call in plan.calls
-        if call.pattern != "print"
-    )
-
-
-def _current_chains(plans: list[Plan], fused: bool) -> dict[nn.Module, Chain]:
-    """How the blocks pass pairs on now, or as they would."""
-    chains: dict[nn.Module, Chain] = {}
-    for plan in plans:
-        block, chain = plan.block, plan.chain
-        if isinstance(block, FusedBlock):
-            chain = block._fusedres_code.chain if is_intact(block) else None
-        elif fused and not is_native(block):
-            chain = None
-        if chain is not None:
-            chains[block] = chain
-    return chains
-
-
-def _unfused(call: Call) -> str:
-    return "ln" if "ln" in call.pattern.split("_") else "bn"
-
-
-def _is_own(plan: Plan, call: Call) -> bool:
-    if type(plan.block) in OWN_BLOCKS:
-        return True
-    module = plan.block.get_submodule(call.module)
-    return isinstance(module, BatchNormAct2d) and not is_taken(module)
-
-
-def _row(entry: _Entry, fused: bool) -> dict[str, Any]:
+def _row(entry: Entry) -> dict[str, Any]:
     call, module, path, reason = entry.call, entry.module, "", entry.call.reason
     if call.pattern != "print":
-        left_alone = _row_refusal(call, module, fused)
+        left_alone = entry.left_alone or _row_refusal(call, module, entry.fused)
         refused = _kernel_refusal(module, entry.block) if left_alone is None else None
         path = "eager" if left_alone is not None else "reference" if refused else "triton"
         reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason))))
@@ -226,7 +135,7 @@ def _cell(value: Any) -> str:
 
 def _row_refusal(call: Call, module: nn.Module, fused: bool) -> str | None:
     """Why ``module`` runs as PyTorch's own; ``None`` where it does not."""
-    if _unfused(call) == "ln":
+    if unfused(call) == "ln":
         return call.reason if call.pattern == "ln" else None
     if is_foreign(module) and call.pattern != "bn":
         return None
@@ -244,27 +153,9 @@ def _kernel_refusal(module: nn.Module, block: nn.Module) -> str | None:
     return reason
 
 
-def _layer_norms_left_alone(plan: Plan) -> Iterator[nn.Module]:
-    """LayerNorms beside a Linear in a block whose graph is not known; the block itself where it calls functions."""
-    layers, kind = list(own_layers(plan.block)), type(plan.block)
-    if plan.reason and (any(isinstance(layer, nn.Linear) for layer in layers) or mentions(kind, "linear")):
-        norms = [layer for layer in layers if isinstance(layer, nn.LayerNorm)]
-        yield from norms or [plan.block] * mentions(kind, "layer_norm")
-
-
 def _device_and_dtype(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Those of the parameters or buffers of the first that has any, for want of an input."""
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device, tensor.dtype
     return torch.empty(0).device, torch.get_default_dtype()
-
-
-def _owner_reason(name: str, reasons: dict[str, str]) -> str | None:
-    """Why no graph shows a call of ``name``; ``None`` where graphs of all around it show that there is none."""
-    owners = ["", *(name[:end] for end, letter in enumerate(name) if letter == ".")]
-    owners = [owner for owner in owners if owner in reasons and owner != name]
-    for owner in reversed(owners):
-        if reasons[owner]:
-            return f"{owner or 'the model'}: {reasons[owner]}"
-    return None if owners else "no forward around it"

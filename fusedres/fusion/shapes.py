@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
+    UnsupportedMutationAliasingException,
     UnsupportedOperatorException,
 )
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,12 +25,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from fusedres.fusion.plan import OWN_BLOCKS, original_classes
+from fusedres.fusion.runtime import is_plain
 from fusedres.fusion.state import RandomState, State
 
 Input: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
 _UNKNOWABLE = (
     DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
-    UnsupportedOperatorException,
+    UnsupportedMutationAliasingException, UnsupportedOperatorException,
 )  # fmt: skip
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -139,8 +141,12 @@ def _replaced(model: nn.Module, mode: FakeTensorMode, recorder: _Recorder) -> It
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor | None) -> Tensor | None:
-    lazy = tensor is None or nn.parameter.is_lazy(tensor)
-    return tensor if lazy else mode.from_tensor(tensor)  # pyright: ignore[reportArgumentType]
+    if tensor is None or nn.parameter.is_lazy(tensor):
+        return tensor
+    if is_plain(tensor):
+        return mode.from_tensor(tensor)
+    with mode:  # sharded, quantized or the like: as the whole tensor that it stands for
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 class _Recorder(TorchFunctionMode):

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fusedres import reference
+from fusedres.ops import KERNEL_DTYPES as KERNEL_DTYPES  # for explain
 from fusedres.ops import autocast_dtypes, autocasts, layer_norm_refusal, tf32, use_kernels
+from fusedres.ops import multiplies_itself as multiplies_itself  # for explain
 from fusedres.ops import refusal as refusal  # for explain
 
 ACTIVATIONS = (None, "relu")

@@ -18,7 +18,7 @@ def test_rows_before_and_after_are_the_same():
     model = models.resnet34(width=4)
     before = fusedres.explain(model).rows
     assert counts(model) == {"bn_act": 17, "bn_add_act": 16, "bn": 3}
-    assert all(set(row) == {"module", "pattern", "path", "reason"} for row in before)
+    assert all(set(row) == {"module", "pattern", "path", "reason", "bytes_saved"} for row in before)
     assert {row["module"] for row in before} == {
         name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
     }
@@ -56,9 +56,9 @@ def test_nothing_to_fuse():
 def test_path_and_reason(monkeypatch):
     monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Dropout())
-    assert fusedres.explain(model).rows == [
-        {"module": "0", "pattern": "bn_act", "path": "reference", "reason": "FUSEDRES_BACKEND=reference"},
-        {"module": "2", "pattern": "bn", "path": "reference", "reason": "FUSEDRES_BACKEND=reference; followed by 3"},
+    assert [tuple(row.values()) for row in fusedres.explain(model).rows] == [
+        ("0", "bn_act", "reference", "FUSEDRES_BACKEND=reference", None),
+        ("2", "bn", "reference", "FUSEDRES_BACKEND=reference; followed by 3", None),
     ]
     monkeypatch.setenv("FUSEDRES_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):

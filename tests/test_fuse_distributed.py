@@ -73,6 +73,20 @@ def test_fsdp(group):
     torch.testing.assert_close(fusedres.unfuse(model)(x), reference(x), **TOLERANCE)
 
 
+def test_predicted_bytes_of_wrapped_models(group):
+    model, shape = fusedres.fuse(small().float()), tuple(images().shape)
+    expected = fusedres.explain(model, input=shape)
+    assert expected.bytes_saved > 0
+    wrapped = fusedres.explain(DistributedDataParallel(copy.deepcopy(model)), input=shape)
+    assert [row["bytes_saved"] for row in wrapped.rows] == [row["bytes_saved"] for row in expected.rows]
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for block in model.modules():
+        if isinstance(block, models.Bottleneck):
+            fully_shard(block, mesh=mesh)
+    sharded = fusedres.explain(fully_shard(model, mesh=mesh), input=shape)
+    assert [row["bytes_saved"] for row in sharded.rows] == [row["bytes_saved"] for row in expected.rows]
+
+
 def assert_same_gradients(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> None:
     cotangent = torch.randn_like(reference(x))
     for candidate in (model, reference):

@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "nn": ({"functional"}, {"torch"}),
     "models": ({}, {"torch"}),
     "fusion": ({"nn", "functional"}, {"torch"}),
+    "doctor": ({"functional", "reference", "__version__"}, {"torch"}),
+    "__main__": ({"doctor"}, set()),
     "__init__": ({"fusion", "nn", "functional", "models"}, set()),
 }
 INSTRUMENTS = ROOT / "benchmarks" / "instruments"  # they look into triton and the kernels; other benchmarks do not

@@ -91,6 +91,13 @@ def test_installed_wheel_imports(installed: Path, tmp_path: Path) -> None:
     assert all(Path(file).is_relative_to(installed) for file in files), files
 
 
+def test_installed_command_runs(installed: Path, tmp_path: Path) -> None:
+    [entry] = (installed / "fusedres-0.1.0.dist-info").glob("entry_points.txt")
+    assert "fusedres = fusedres.__main__:main" in entry.read_text()
+    text = run(sys.executable, "-m", "fusedres", "doctor", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert text.rstrip().endswith("nothing is wrong")
+
+
 def test_works_without_triton(installed: Path, tmp_path: Path) -> None:
     script = """
 import sys

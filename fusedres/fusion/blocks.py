@@ -10,7 +10,7 @@ import linecache
 import re
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -230,9 +230,7 @@ def merge_calls(training: list[Call], evaluation: list[Call]) -> tuple[Call, ...
     if training == evaluation:
         return tuple(training)
     return tuple(
-        Call(call.module, call.pattern, ": ".join(filter(None, (f"in {mode} only", call.reason))))
-        if call not in other
-        else call
+        replace(call, reason=": ".join(filter(None, (f"in {mode} only", call.reason)))) if call not in other else call
         for mode, calls, other in (("training", training, evaluation), ("evaluation", evaluation, training))
         for call in calls
         if mode == "training" or call not in other

@@ -187,7 +187,7 @@ class _LinearRewriter(Rewriter):
         self._note(norm, linear, act)
         self.replace(result, fused)
         self.replace(pair.chain.nodes, norm.input)
-        return Call(norm.path, "ln_linear_act", "" if act else self._no_act(tail))
+        return Call(norm.path, "ln_linear_act", "" if act else self._no_act(tail), acts=act is not None)
 
     def _fold_linear_norm(self, pair: _Pair) -> Call:
         linear, norm = pair.first, pair.second
@@ -212,7 +212,8 @@ class _LinearRewriter(Rewriter):
         self.replace(result, fused)
         self.replace(gone, self._shape(linear, gone))
         notes = ("" if act else "no ReLU" if add else self._no_act(chain), "with the addition" if add else obstacle)
-        return Call(norm.path, "linear_ln_act", ", ".join(filter(None, notes)))
+        reason = ", ".join(filter(None, notes))
+        return Call(norm.path, "linear_ln_act", reason, acts=act is not None, adds=add is not None)
 
     def _addition(self, linear: _Layer, tail: Chain) -> tuple[fx.Node | None, str]:
         """The addition behind ``tail`` that can be folded; else why not, if there is one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -27,7 +27,7 @@ Filter = Callable[[nn.Module, str], bool]
 OWN_BLOCKS: dict[type[nn.Module], Call] = {
     LayerNormLinear: Call("norm", "ln_linear_act"),
     LinearLayerNorm: Call("norm", "linear_ln_act"),
-    ResidualMLPBlock: Call("norm", "linear_ln_act", "with the addition"),
+    ResidualMLPBlock: Call("norm", "linear_ln_act", "with the addition", adds=True),
 }
 
 
@@ -64,7 +64,7 @@ def make_plans(model: nn.Module, filter_fn: Filter | None = None) -> list[Plan]:
             if plan.chain is not None:
                 chains[block] = plan.chain
 
-    with _original_classes(model):
+    with original_classes(model):
         visit(model)
     return [plans[block] for block in names]
 
@@ -79,7 +79,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         yield name, module
-        if _sealed(module) is None:
+        if sealed(module) is None:
             children = [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
             pending += reversed(children)
 
@@ -90,7 +90,7 @@ def swap_refusal(norm: nn.Module) -> str | None:
         return f"{type(norm).__name__} is not nn.BatchNorm2d"
     if "forward" in vars(norm):
         return "its forward was replaced on the instance"
-    return _sealed(norm)
+    return sealed(norm)
 
 
 def layer_refusal(layer: nn.Module) -> str | None:
@@ -105,7 +105,7 @@ def layer_refusal(layer: nn.Module) -> str | None:
     for name, tensor in layer.named_parameters():
         if not is_plain(tensor):
             return f"its {name} is a {type(tensor).__name__}"
-    return _sealed(layer)
+    return sealed(layer)
 
 
 def own_layers(block: nn.Module) -> Iterator[nn.Module]:
@@ -138,7 +138,7 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module], chains: dic
         return join(block, graph, folded, chains, fusable)
 
     if type(block) in OWN_BLOCKS:
-        return Plan(name, block, (OWN_BLOCKS[type(block)],))
+        return Plan(name, block, (replace(OWN_BLOCKS[type(block)], acts=getattr(block, "act", None) is not None),))
     reason = "filter_fn" if block in refused else _block_refusal(block)
     if reason is not None:
         return Plan(name, block, reason=reason)
@@ -185,18 +185,18 @@ def _block_refusal(block: nn.Module) -> str | None:
     forward = type(block).forward
     if forward is not nn.Sequential.forward and str(getattr(forward, "__module__", "")).startswith("torch."):
         return f"{type(block).__name__} is a wrapper of PyTorch's"
-    return _sealed(block)
+    return sealed(block)
 
 
-def _sealed(module: nn.Module) -> str | None:
+def sealed(module: nn.Module) -> str | None:
     """Why nothing below ``module`` may change."""
     if module._compiled_call_impl is not None or isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
-        return "it is compiled already"
+        return "it is compiled already; call fuse before compiling"
     return "it is a ScriptModule" if isinstance(module, torch.jit.ScriptModule) else None
 
 
 @contextlib.contextmanager
-def _original_classes(model: nn.Module) -> Iterator[None]:
+def original_classes(model: nn.Module) -> Iterator[None]:
     """Blocks that are fused already, as they were."""
     fused = [(module, type(module), original_class(module)) for module in model.modules()]
     for module, _, original in fused:

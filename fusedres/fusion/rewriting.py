@@ -24,12 +24,15 @@ _IN_PLACE = {operator.iadd, "add_", "__iadd__", "relu_", torch.relu_, F.relu_}
 class Call:
     """One call of a normalisation, or one print that the fusion drops.
 
-    ``module`` is the path inside the block, or empty for the block itself: prints, and functional forms.
+    ``module`` is the path inside the block, or empty for the block itself: prints, and functional forms. ``acts`` and
+    ``adds`` say what goes with a LayerNorm and a Linear, where the pattern's name does not.
     """
 
     module: str
     pattern: str
     reason: str = ""
+    acts: bool = False
+    adds: bool = False
 
 
 @dataclass

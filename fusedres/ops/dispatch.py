@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 
-from fusedres.kernels.tiling import MAX_LAYER_NORM
+from fusedres.kernels.tiling import MAX_LAYER_NORM, fuses_layer_norm_linear, fuses_linear_layer_norm
+from fusedres.kernels.workspace import num_sms
 
 BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,6 +61,15 @@ def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None
 def layer_norm_refusal(features: int) -> str | None:
     """Why no kernel normalises rows of so many features; ``None`` when one does."""
     return f"no kernel normalises over more than {MAX_LAYER_NORM} features" if features > MAX_LAYER_NORM else None
+
+
+def multiplies_itself(norm_first: bool, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether one kernel normalises and multiplies M rows of K to M of N; else the vendor's product is one of two."""
+    tensor_cores = dtype.itemsize == 2 or tf32()
+    if norm_first:
+        return fuses_layer_norm_linear(M, N, K, tensor_cores)
+    sms = num_sms(device if device.type == "cuda" else torch.device("cpu"))
+    return fuses_linear_layer_norm(M, N, K, dtype.itemsize, tensor_cores, sms)
 
 
 def autocasts(input: Tensor) -> bool:

@@ -13,7 +13,7 @@ from fusedres.functional import layer_norm_refusal, refusal
 from fusedres.fusion.blocks import FusedBlock, is_intact
 from fusedres.fusion.chains import Chain, norms_that_add
 from fusedres.fusion.convert import is_taken
-from fusedres.fusion.foreign import is_foreign
+from fusedres.fusion.foreign import TakenNorm, foreign_pattern, is_timms
 from fusedres.fusion.pairs import is_native
 from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, swap_refusal, walk
 from fusedres.fusion.reads import mentions
@@ -78,7 +78,9 @@ def explain(model: nn.Module) -> Explanation:
         if isinstance(norm, _BatchNorm) and norm not in seen:
             reason = _owner_reason(name, reasons)
             if reason is not None:
-                rows.append(_row(name, Call(name, "bn", reason), norm, norm, fused))
+                pattern, why = foreign_pattern(norm) if is_timms(norm) else ("bn", "")
+                call = Call(name, pattern, "; ".join(filter(None, (reason, why))))
+                rows.append(_row(name, call, norm, norm, fused))
     for plan in plans:
         for module in _layer_norms_left_alone(plan):
             if module in names and module not in seen:
@@ -124,7 +126,7 @@ def _is_own(plan: Plan, call: Call) -> bool:
     if type(plan.block) in OWN_BLOCKS:
         return True
     module = plan.block.get_submodule(call.module)
-    return isinstance(module, BatchNormAct2d) and not is_taken(module)
+    return is_timms(module) or (isinstance(module, BatchNormAct2d) and not is_taken(module))
 
 
 def _row(name: str, call: Call, module: nn.Module, block: nn.Module, fused: bool) -> dict[str, str]:
@@ -141,10 +143,8 @@ def _row_refusal(call: Call, module: nn.Module, fused: bool) -> str | None:
     """Why ``module`` runs as PyTorch's own; ``None`` where it does not."""
     if _unfused(call) == "ln":
         return call.reason if call.pattern == "ln" else None
-    if is_foreign(module) and call.pattern != "bn":
-        return None
     left_alone = swap_refusal(module)
-    if left_alone is None and fused and not isinstance(module, BatchNormAct2d):
+    if left_alone is None and fused and not isinstance(module, (BatchNormAct2d, TakenNorm)):
         left_alone = "filter_fn, or added since"
     return left_alone
 

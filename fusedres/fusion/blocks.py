@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fusedres.fusion.chains import Chain
 from fusedres.fusion.derived import Derived, disguise
@@ -149,10 +149,13 @@ def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, .
     guests = set[str]().union(*(form.guests for form in forwards))
     checks = ["self._fusedres_stale", *_literal_checks(reads), f"_len(self._modules) != {len(block._modules)}"]
     source, call = _both_modes(forwards, "forward", arguments, names)
+    # A symbolic trace of the user's, such as torchvision's feature extraction, asks for the modules by their names.
+    traced = [f"_isinstance({required[0]}, _Proxy)"] if required else []
+    varied = ["_fusedres_args or _fusedres_kwargs"] if others else []
     source += _FORWARD.format(
         parameters=arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else ""),
         arguments=arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else ""),
-        changed=" or ".join(["_fusedres_args or _fusedres_kwargs"] * others + checks + _module_checks(folded, guests)),
+        changed=" or ".join(varied + traced + checks + _module_checks(folded, guests)),
         call=call,
     )
     if len(pairs) == 2:
@@ -273,6 +276,8 @@ def _compile(original: type[nn.Module], code: Code) -> dict[str, Callable[..., A
     }
     names |= {
         "_len": len,
+        "_isinstance": isinstance,
+        "_Proxy": fx.Proxy,
         "_original": original.forward,
         "_is_changed": is_changed,
         "_is_open": is_open,

@@ -20,7 +20,10 @@ from torch.optim import swa_utils
 
 import fusedres
 from tests import zoo
+from tests.oracle import assert_network_as_good_as_eager
 from tests.test_fuse_distributed import group as group
+from tests.test_networks import recorded_layers
+from tests.test_networks import train as train_networks
 from tests.zoo import TOLERANCE, assert_same_steps, images, randomise
 from tests.zoo_public import SMALL, counted_calls
 
@@ -196,6 +199,35 @@ def test_ddp_and_fsdp_of_timms(group, build):
     for ours, theirs, its in zip(fused.parameters(), sharded.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, its.grad, **TOLERANCE)
         torch.testing.assert_close(theirs.grad.full_tensor(), its.grad, **TOLERANCE)
+
+
+@pytest.mark.parametrize("build", [_timm, _csp])
+def test_pytorchs_conversion_never_drops_an_activation(build):
+    """It would, as it does from timm's own; timm's keeps them."""
+    fused, _ = both(build)
+    with pytest.raises(RuntimeError, match="would drop its"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(fused))
+    for norm in fused.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert not hasattr(norm, "qconfig")
+            norm.qconfig = "set"
+            assert norm.qconfig == "set"
+    fused, reference = both(build)
+    converted, x = zoo.timm_models().layers.convert_sync_batchnorm(fused.eval()), images(2, 3, 32, 32)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+    torch.testing.assert_close(converted(x), reference.eval()(x), **TOLERANCE)
+
+
+@pytest.mark.usefixtures("triton_backend")
+def test_timms_norms_run_in_kernels():
+    model, x = randomise(_csp()).float().train(), torch.randn(2, 3, 32, 32)
+    exact = train_networks(copy.deepcopy(model).double(), x.double())
+    forms = (torch.channels_last, torch.contiguous_format)
+    eagers = [train_networks(copy.deepcopy(model), x, form) for form in forms]
+    with recorded_layers() as seen:
+        actual = train_networks(fusedres.fuse(model), x)
+    assert seen == {"bn": 14, "backward": 14}  # LeakyReLU is not in the kernels
+    assert_network_as_good_as_eager(actual, eagers, exact)
 
 
 @pytest.mark.parametrize("build", [_timm, _csp])

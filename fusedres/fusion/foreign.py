@@ -6,6 +6,7 @@ timm is never imported here: its class is known by name, and only modules of a u
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from typing import Any
 
@@ -30,6 +31,27 @@ class TakenNorm(Derived):
         if is_foreign(self) and not _has_any_global_hook():
             return foreign_norm(self, x)
         return self.act(self.drop(batch_norm_act(x, **batch_norm_state(self, x))))
+
+    @property
+    def qconfig(self) -> Any:
+        """Absent until set; PyTorch's ``convert_sync_batchnorm`` asks, and is refused. timm's, which asks too, is not.
+
+        See :attr:`fusedres.nn.BatchNormAct2d.qconfig`; timm's keeps the activation.
+        """
+        if "_qconfig" in self.__dict__:
+            return self.__dict__["_qconfig"]
+        act = self.act  # pyright: ignore[reportAttributeAccessIssue]
+        caller = sys._getframe(1).f_globals.get("__name__")
+        if type(act) is nn.Identity or caller != nn.SyncBatchNorm.__module__:
+            raise AttributeError("qconfig")
+        raise RuntimeError(
+            f"converting timm's BatchNormAct2d to a plain normalisation would drop its {type(act).__name__}: "
+            "timm.layers.convert_sync_batchnorm keeps it"
+        )
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self.__dict__["_qconfig"] = value
 
 
 def take(norm: nn.Module) -> None:

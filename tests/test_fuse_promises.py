@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import swa_utils
 
@@ -101,7 +102,7 @@ def test_averaged_model_and_update_bn(build):
 @builds
 def test_averages_of_timms(build):
     zoo.timm_models()
-    from timm.utils import ModelEmaV3
+    from timm.utils.model_ema import ModelEmaV3
 
     averages = []
     for model in both(build):
@@ -198,6 +199,7 @@ def test_ddp_and_fsdp_of_timms(group, build):
         candidate(x).square().sum().backward()
     for ours, theirs, its in zip(fused.parameters(), sharded.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, its.grad, **TOLERANCE)
+        assert isinstance(theirs.grad, DTensor)
         torch.testing.assert_close(theirs.grad.full_tensor(), its.grad, **TOLERANCE)
 
 

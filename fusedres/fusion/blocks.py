@@ -149,15 +149,11 @@ def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, .
     guests = set[str]().union(*(form.guests for form in forwards))
     checks = ["self._fusedres_stale", *_literal_checks(reads), f"_len(self._modules) != {len(block._modules)}"]
     source, call = _both_modes(forwards, "forward", arguments, names)
+    given = arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else "")
     # A symbolic trace of the user's, such as torchvision's feature extraction, asks for the modules by their names.
-    traced = [f"_isinstance({required[0]}, _Proxy)"] if required else []
-    varied = ["_fusedres_args or _fusedres_kwargs"] if others else []
-    source += _FORWARD.format(
-        parameters=arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else ""),
-        arguments=arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else ""),
-        changed=" or ".join(varied + traced + checks + _module_checks(folded, guests)),
-        call=call,
-    )
+    unusual = ["_fusedres_args or _fusedres_kwargs"] * others + [f"_isinstance({n}, _Proxy)" for n in required[:1]]
+    changed = " or ".join(unusual + checks + _module_checks(folded, guests))
+    source += _FORWARD.format(parameters=given, arguments=given, changed=changed, call=call)
     if len(pairs) == 2:
         folded[0].update(*(form.norms for form in pairs))
         guests.update(*(form.guests for form in pairs))

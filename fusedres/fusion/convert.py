@@ -68,7 +68,7 @@ def unfuse(model: ModuleT) -> ModuleT:
     """
     for module in model.modules():
         _restore(module)
-        if _TAKEN in vars(module) and type(module) is BatchNormAct2d:
+        if is_taken(module):
             delattr(module, _TAKEN)
             del module.act
             module.__class__ = nn.BatchNorm2d

@@ -30,7 +30,8 @@ class TakenNorm(Derived):
         assert isinstance(self, nn.BatchNorm2d)
         if is_foreign(self) and not _has_any_global_hook():
             return foreign_norm(self, x)
-        return self.act(self.drop(batch_norm_act(x, **batch_norm_state(self, x))))
+        out = batch_norm_act(x, **batch_norm_state(self, x))
+        return self.act(self.drop(out))  # pyright: ignore[reportCallIssue]
 
     @property
     def qconfig(self) -> Any:
@@ -38,8 +39,8 @@ class TakenNorm(Derived):
 
         See :attr:`fusedres.nn.BatchNormAct2d.qconfig`; timm's keeps the activation.
         """
-        if "_qconfig" in self.__dict__:
-            return self.__dict__["_qconfig"]
+        if "qconfig" in self.__dict__:
+            return self.__dict__["qconfig"]
         act = self.act  # pyright: ignore[reportAttributeAccessIssue]
         caller = sys._getframe(1).f_globals.get("__name__")
         if type(act) is nn.Identity or caller != nn.SyncBatchNorm.__module__:
@@ -51,7 +52,7 @@ class TakenNorm(Derived):
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
-        self.__dict__["_qconfig"] = value
+        self.__dict__["qconfig"] = value
 
 
 def take(norm: nn.Module) -> None:

@@ -119,6 +119,22 @@ def test_projection_block_prints_the_same(capsys):
     assert printed(fusedres.fuse(block), x, capsys) == before
 
 
+def test_concatenation_of_a_list_that_is_the_input():
+    def concatenates(self, parts):
+        out = self.bn(self.conv(torch.cat(parts, 1)[:, 4:]))
+        out += parts[0]
+        return torch.relu(out)
+
+    before = torch.cat
+    block = block_of(concatenates)
+    reference, parts = copy.deepcopy(block), [images(2, 4, 5, 5), images(2, 4, 5, 5)]
+    rows = {row["module"]: row["pattern"] for row in fusedres.explain(fusedres.fuse(block)).rows}
+    assert rows["bn"] == "bn_add_act"
+    assert torch.cat is before
+    for training in (True, False):
+        torch.testing.assert_close(block.train(training)(parts), reference.train(training)(parts))
+
+
 def test_print_itself_is_restored():
     original = builtins.print
     fusedres.fuse(block_of(draws))

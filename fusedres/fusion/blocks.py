@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fusedres.fusion.chains import Chain
+from fusedres.fusion.derived import Derived, disguise
 from fusedres.fusion.joins import Forms, Joined, merge_chains
 from fusedres.fusion.pairs import is_open, total
 from fusedres.fusion.reads import MODULE_ATTRIBUTES, Reads, UntraceableError
@@ -71,19 +72,15 @@ class Code:
         return self.norms, self.acts, self.linears, self.layer_norms, self.identities
 
 
-class FusedBlock:
+class FusedBlock(Derived):
     """Mixed into a block's own class. The block runs its original forward again once it is no longer what was traced.
 
     Modules that were folded are looked at in each forward. The block's own attributes, which a trace may have baked
     in, are watched here; those of its children and those of other objects are not (see ``reads``).
     """
 
-    _fusedres_original: type[nn.Module]
     _fusedres_code: Code
     _fusedres_stale = False
-
-    def __init_subclass__(cls) -> None:
-        """Not a class of the user's: their hooks for subclasses are not run."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._watch(name, value)
@@ -123,12 +120,6 @@ class FusedBlock:
         if not same:
             attributes["_fusedres_stale"] = True
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        constructor, arguments, *rest = super().__reduce_ex__(protocol)
-        original = self._fusedres_original
-        arguments = tuple(original if argument is type(self) else argument for argument in arguments)
-        return (_rebuild, (original, self._fusedres_code, constructor, arguments), *rest)
-
 
 @dataclass(frozen=True)
 class _Module:
@@ -158,12 +149,11 @@ def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, .
     guests = set[str]().union(*(form.guests for form in forwards))
     checks = ["self._fusedres_stale", *_literal_checks(reads), f"_len(self._modules) != {len(block._modules)}"]
     source, call = _both_modes(forwards, "forward", arguments, names)
-    source += _FORWARD.format(
-        parameters=arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else ""),
-        arguments=arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else ""),
-        changed=" or ".join(["_fusedres_args or _fusedres_kwargs"] * others + checks + _module_checks(folded, guests)),
-        call=call,
-    )
+    given = arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else "")
+    # A symbolic trace of the user's, such as torchvision's feature extraction, asks for the modules by their names.
+    unusual = ["_fusedres_args or _fusedres_kwargs"] * others + [f"_isinstance({n}, _Proxy)" for n in required[:1]]
+    changed = " or ".join(unusual + checks + _module_checks(folded, guests))
+    source += _FORWARD.format(parameters=given, arguments=given, changed=changed, call=call)
     if len(pairs) == 2:
         folded[0].update(*(form.norms for form in pairs))
         guests.update(*(form.guests for form in pairs))
@@ -246,11 +236,6 @@ def install(block: nn.Module, code: Code) -> None:
     block.__class__ = _fused_class(type(block), code)
 
 
-def original_class(block: nn.Module) -> type[nn.Module] | None:
-    """The class that ``block`` had before it was fused; ``None`` where it is not, or was wrapped since."""
-    return vars(type(block)).get("_fusedres_original")
-
-
 def is_intact(block: FusedBlock) -> bool:
     """Whether the next call of ``block`` runs the rewritten forward."""
     assert isinstance(block, nn.Module)
@@ -266,10 +251,7 @@ def is_intact(block: FusedBlock) -> bool:
 def _fused_class(original: type[nn.Module], code: Code) -> type[nn.Module]:
     """One class for all blocks with the same code, so that torch.compile compiles it once."""
     attributes = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_fusedres_original": original,
+        **disguise(original, _fused_class, original, code),
         "_fusedres_code": code,
         **_compile(original, code),
     }
@@ -288,6 +270,8 @@ def _compile(original: type[nn.Module], code: Code) -> dict[str, Callable[..., A
     }
     names |= {
         "_len": len,
+        "_isinstance": isinstance,
+        "_Proxy": fx.Proxy,
         "_original": original.forward,
         "_is_changed": is_changed,
         "_is_open": is_open,
@@ -299,12 +283,6 @@ def _compile(original: type[nn.Module], code: Code) -> dict[str, Callable[..., A
     forward.__doc__ = original.forward.__doc__
     forward.__signature__ = inspect.signature(original.forward)
     return {name: names[name] for name in ("forward", "_fusedres_operands") if name in names}
-
-
-def _rebuild(original: type[nn.Module], code: Code, constructor: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    block = constructor(*arguments)
-    block.__class__ = _fused_class(original, code)
-    return block
 
 
 def _paths(targets: set[str]) -> str:

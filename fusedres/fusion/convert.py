@@ -7,7 +7,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from fusedres.fusion.blocks import FusedBlock, install, original_class
+from fusedres.fusion.blocks import FusedBlock, install
+from fusedres.fusion.derived import original_class
+from fusedres.fusion.foreign import TakenNorm, is_timms, take
 from fusedres.fusion.plan import Filter, make_plans, swap_refusal, walk
 from fusedres.nn import BatchNormAct2d, as_batch_norm_act
 
@@ -19,7 +21,8 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
     """Fuse BatchNorm, or LayerNorm and Linear, with residual additions and ReLU in every block of ``model``, in place.
 
     Each ``nn.BatchNorm2d`` becomes a :class:`fusedres.nn.BatchNormAct2d`, the same object with the same tensors and
-    hooks; ``nn.Linear`` and ``nn.LayerNorm`` stay what they are. The forward of a block that holds a pattern is
+    hooks; timm's BatchNormAct2d keeps its class and gets a fused forward; ``nn.Linear`` and ``nn.LayerNorm`` stay what
+    they are. The forward of a block that holds a pattern is
     rewritten from its torch.fx graph; the block stays an instance of its class. In pre-activation networks the
     BatchNorm that opens a block makes the sum that ended the one before: rewritten forwards pass each other the
     summands, as long as nobody watches the blocks in between. Parameters, buffers and ``state_dict`` are unchanged,
@@ -41,11 +44,10 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
         ``model`` itself.
     """
     plans = make_plans(model, filter_fn)
-    norms = [(name, norm) for name, norm in walk(model) if type(norm) is nn.BatchNorm2d]
+    norms = [(name, norm) for name, norm in walk(model) if type(norm) is nn.BatchNorm2d or is_timms(norm)]
     for name, norm in norms:
         if swap_refusal(norm) is None and (filter_fn is None or filter_fn(norm, name)):
-            as_batch_norm_act(norm, act=None)
-            setattr(norm, _TAKEN, True)
+            _take(norm)
     for plan in plans:
         if plan.reason:
             continue
@@ -74,8 +76,16 @@ def unfuse(model: ModuleT) -> ModuleT:
 
 
 def is_taken(module: nn.Module) -> bool:
-    """Whether ``fuse`` made this BatchNormAct2d."""
-    return type(module) is BatchNormAct2d and _TAKEN in vars(module)
+    """Whether ``fuse`` made this BatchNormAct2d, or gave timm's its forward."""
+    return isinstance(module, TakenNorm) or (type(module) is BatchNormAct2d and _TAKEN in vars(module))
+
+
+def _take(norm: nn.Module) -> None:
+    if is_timms(norm):
+        take(norm)
+    else:
+        as_batch_norm_act(norm, act=None)
+        setattr(norm, _TAKEN, True)
 
 
 def _restore(block: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fusedres.fusion.blocks import FusedBlock, is_intact
 from fusedres.fusion.chains import Chain, norms_that_add
 from fusedres.fusion.convert import is_taken
+from fusedres.fusion.foreign import foreign_pattern, is_timms
 from fusedres.fusion.pairs import is_native
 from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, sealed, walk
 from fusedres.fusion.reads import mentions
@@ -86,7 +87,8 @@ def _calls_not_found(plans: list[Plan], names: dict[nn.Module, str], found: set[
         if isinstance(norm, _BatchNorm) and norm not in found:
             reason = _owner_reason(name, reasons)
             if reason is not None:
-                yield Entry(name, Call(name, "bn", reason), norm, norm)
+                pattern, why = foreign_pattern(norm) if is_timms(norm) else ("bn", "")
+                yield Entry(name, Call(name, pattern, "; ".join(filter(None, (reason, why)))), norm, norm)
     for plan in plans:
         for module in _layer_norms_left_alone(plan):
             if module in names and module not in found:
@@ -163,7 +165,7 @@ def _is_own(plan: Plan, call: Call) -> bool:
     if type(plan.block) in OWN_BLOCKS:
         return True
     module = plan.block.get_submodule(call.module)
-    return isinstance(module, BatchNormAct2d) and not is_taken(module)
+    return is_timms(module) or (isinstance(module, BatchNormAct2d) and not is_taken(module))
 
 
 def _layer_norms_left_alone(plan: Plan) -> Iterator[nn.Module]:

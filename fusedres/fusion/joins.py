@@ -15,7 +15,6 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.chains import Chain
-from fusedres.fusion.foreign import foreign_act, foreign_norm
 from fusedres.fusion.pairs import add_norm, joined, operands, pair, total
 from fusedres.fusion.rewriting import Call, Rewritten, addition
 from fusedres.fusion.values import Values, between
@@ -60,24 +59,6 @@ class Forms:
         """Whether there is anything that the block cannot do; a ``native`` one takes and gives pairs."""
         forward = self.forward
         return bool(self.folded.is_changed or forward.norms or forward.chain.links or (self.paired and not native))
-
-
-def adopt(block: nn.Module, graph: fx.Graph, folded: Rewritten, adoptable: Callable[[nn.Module], bool]) -> None:
-    """Fuse the calls of timm's BatchNormAct2d that apply ReLU, and update ``folded``."""
-    values = Values(block, graph)
-    rows = _rows(values, folded.calls)
-    for node, row in rows.items():
-        module = values.module(node)
-        if module is None or not adoptable(module) or foreign_act(module) is None or not _has_one_input(node):
-            continue
-        name = str(node.target)
-        with graph.inserting_before(node):
-            fused = graph.call_function(foreign_norm, (graph.get_attr(name), *node.args))
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
-        folded.norms.add(name)
-        folded.is_changed = True
-        folded.calls[row] = Call(name, "bn_act")
 
 
 def join(
@@ -146,8 +127,6 @@ def _rows(values: Values, calls: list[Call]) -> dict[fx.Node, int]:
 
 def _norm_name(values: Values, node: fx.Node) -> str | None:
     """The BatchNorm that ``node`` calls without an addition."""
-    if node.op == "call_function" and node.target is foreign_norm:
-        return str(node.args[0].target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
     added = len(node.args) > 1 or node.kwargs.get("residual") is not None
     return str(node.target) if isinstance(values.module(node), _BatchNorm) and not added else None
 
@@ -262,8 +241,6 @@ class _Joiner:
 
     def _is_norm(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether ``node`` is a BatchNorm of ``value`` that may be replaced."""
-        if node.op == "call_function":
-            return node.target is foreign_norm
         module = self.values.module(node)
         return isinstance(module, _BatchNorm) and _has_one_input(node) and self.fusable(module)
 

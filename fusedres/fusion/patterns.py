@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import fx, nn
 
+from fusedres.fusion.foreign import foreign_pattern, is_timms
 from fusedres.fusion.linear_patterns import rewrite_linears
 from fusedres.fusion.rewriting import Call, Chain, Rewriter, Rewritten, describe
 from fusedres.fusion.runtime import norm_add
@@ -38,6 +39,8 @@ class _BatchNormRewriter(Rewriter):
         reason = self.refusal(module)
         if reason is not None:
             return Call(name, "bn", reason)
+        if is_timms(module):
+            return Call(name, *foreign_pattern(module))
         if isinstance(module, BatchNormAct2d) and (module.act is not None or norm.kwargs or len(norm.args) != 1):
             return _own_call(norm, module)
         if norm.kwargs or len(norm.args) != 1 or not isinstance(norm.args[0], fx.Node):

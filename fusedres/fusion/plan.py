@@ -10,10 +10,11 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.fusion.blocks import Code, FusedBlock, check_source, generate, merge_calls, original_class
+from fusedres.fusion.blocks import Code, FusedBlock, check_source, generate, merge_calls
 from fusedres.fusion.chains import NATIVE, Chain
-from fusedres.fusion.foreign import is_foreign
-from fusedres.fusion.joins import Forms, Joined, adopt, join
+from fusedres.fusion.derived import original_class
+from fusedres.fusion.foreign import is_foreign, is_timms
+from fusedres.fusion.joins import Forms, Joined, join
 from fusedres.fusion.pairs import is_native
 from fusedres.fusion.patterns import rewrite
 from fusedres.fusion.reads import UntraceableError, mentions
@@ -85,8 +86,8 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def swap_refusal(norm: nn.Module) -> str | None:
-    """Why ``norm`` cannot become a :class:`BatchNormAct2d`."""
-    if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d):
+    """Why ``norm`` cannot become a :class:`BatchNormAct2d`, or timm's get our forward."""
+    if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) and not is_timms(norm):
         return f"{type(norm).__name__} is not nn.BatchNorm2d"
     if "forward" in vars(norm):
         return "its forward was replaced on the instance"
@@ -124,17 +125,13 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module], chains: dic
         reason = swap_refusal(module) if isinstance(module, _BatchNorm) else layer_refusal(module)
         return reason or ("it has hooks" if is_hooked(module) else None)
 
-    def adoptable(norm: nn.Module) -> bool:
-        return is_foreign(norm) and norm not in refused and not is_hooked(norm) and "forward" not in vars(norm)
-
     def fusable(norm: nn.Module) -> bool:
-        return refusal(norm) is None or adoptable(norm)
+        return refusal(norm) is None and (is_foreign(norm) or not is_timms(norm))
 
     def forms(graph: fx.Graph) -> Forms:
         folded = rewrite(block, graph, refusal)
         if not _has_batch_norm(block):
             return Forms(folded, Joined(graph), None)
-        adopt(block, graph, folded, adoptable)
         return join(block, graph, folded, chains, fusable)
 
     if type(block) in OWN_BLOCKS:

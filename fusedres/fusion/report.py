@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.functional import layer_norm_refusal, refusal
 from fusedres.fusion.entries import Entry, find_entries, unfused
-from fusedres.fusion.foreign import is_foreign
+from fusedres.fusion.foreign import TakenNorm
 from fusedres.fusion.plan import swap_refusal
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.savings import bytes_saved
@@ -137,10 +137,8 @@ def _row_refusal(call: Call, module: nn.Module, fused: bool) -> str | None:
     """Why ``module`` runs as PyTorch's own; ``None`` where it does not."""
     if unfused(call) == "ln":
         return call.reason if call.pattern == "ln" else None
-    if is_foreign(module) and call.pattern != "bn":
-        return None
     left_alone = swap_refusal(module)
-    if left_alone is None and fused and not isinstance(module, BatchNormAct2d):
+    if left_alone is None and fused and not isinstance(module, (BatchNormAct2d, TakenNorm)):
         left_alone = "filter_fn, or added since"
     return left_alone
 

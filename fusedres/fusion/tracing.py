@@ -343,8 +343,9 @@ class _NoComputation(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _intercepted(tracer: _Tracer) -> Iterator[None]:
-    """Record prints of this thread; refuse logging and autocast."""
+    """Record prints of this thread, and ``torch.cat`` of a list that is a value; refuse logging and autocast."""
     thread = threading.get_ident()
+    concatenate = torch.cat
     enabled_for, enter_autocast = logging.Logger.isEnabledFor, torch.autocast.__enter__
 
     def show(*args: Any, **kwargs: Any) -> None:
@@ -358,12 +359,19 @@ def _intercepted(tracer: _Tracer) -> Iterator[None]:
     def refuse_autocast(self: torch.autocast) -> torch.autocast:
         raise UntraceableError("forward enters autocast")
 
+    def cat(*args: Any, **kwargs: Any) -> Any:
+        if args and issubclass(type(args[0]), _Value) and args[0].tracer is tracer:
+            return tracer.create_proxy("call_function", concatenate, args, kwargs)
+        return concatenate(*args, **kwargs)
+
+    torch.cat = cat
     builtins.print = show
     logging.Logger.isEnabledFor = refuse_logging
     torch.autocast.__enter__ = refuse_autocast
     try:
         yield
     finally:
+        torch.cat = concatenate
         builtins.print = _print
         logging.Logger.isEnabledFor = enabled_for
         torch.autocast.__enter__ = enter_autocast

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fusedres.fusion.foreign import foreign_norm
+from fusedres.fusion.foreign import is_foreign
 from fusedres.fusion.runtime import is_hooked, linear_norm, linear_norm_add, linear_shape, norm_add, norm_linear
 from fusedres.fusion.tracing import IN_PLACE_OPERATORS
 from fusedres.nn import BatchNormAct2d
 
 _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
-_OWN_FUNCTIONS = {foreign_norm, norm_add, norm_linear, linear_norm, linear_norm_add, linear_shape}
+_OWN_FUNCTIONS = {norm_add, norm_linear, linear_norm, linear_norm_add, linear_shape}
 _FRESH_FUNCTIONS = {
     *_OWN_FUNCTIONS, operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu,
     F.linear, F.layer_norm,
@@ -109,8 +109,10 @@ class Values:
             module = self.module(node)
             if isinstance(module, nn.Sequential) and is_standard(module, nn.Sequential) and len(module):
                 module = module[-1]
-            return is_standard(module, *_FRESH_MODULES) or (
-                is_standard(module, nn.ReLU) and not getattr(module, "inplace", True)
+            return (
+                is_standard(module, *_FRESH_MODULES)
+                or (is_standard(module, nn.ReLU) and not getattr(module, "inplace", True))
+                or _is_timms(module)
             )
         if node.op == "call_method":
             return node.target in _FRESH_METHODS
@@ -172,13 +174,18 @@ def _keeps_inputs(module: nn.Module | None) -> bool:
     """Whether a child is known not to change its inputs: PyTorch's own do so only where they say ``inplace``."""
     if module is None:
         return False
-    return all(
+    return _is_timms(module) or all(
         (type(part).__module__.startswith("torch.nn.modules.") or type(part) is BatchNormAct2d)
         and "forward" not in vars(part)
         and not is_hooked(part)
         and not getattr(part, "inplace", False)
         for part in module.modules()
     )
+
+
+def _is_timms(module: Any) -> bool:
+    """Of timm's BatchNormAct2d, which writes in place into its own result alone, with nobody watching."""
+    return is_foreign(module) and "forward" not in vars(module) and not is_hooked(module)
 
 
 def _namespace(function: Any) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fusedres.kernels.tiling import MAX_LAYER_NORM
 
@@ -52,7 +53,7 @@ def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None
         reason = reason or _tensor_refusal(tensor)
     if reason is None:
         return True
-    if _policy()[0] == "triton" and input.numel() > 0:
+    if _policy()[0] == "triton" and not is_known(input.numel() == 0):
         raise RuntimeError(f"FUSEDRES_BACKEND=triton, but {reason}")
     return False
 
@@ -60,6 +61,14 @@ def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None
 def layer_norm_refusal(features: int) -> str | None:
     """Why no kernel normalises rows of so many features; ``None`` when one does."""
     return f"no kernel normalises over more than {MAX_LAYER_NORM} features" if features > MAX_LAYER_NORM else None
+
+
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Whether ``condition`` holds; in a trace that leaves a size open until the data is there, whether it surely does.
+
+    The operators themselves take what is not refused for that reason, such as a batch that turns out to be empty.
+    """
+    return guard_or_false(condition) if torch.compiler.is_compiling() else bool(condition)
 
 
 def autocasts(input: Tensor) -> bool:
@@ -99,7 +108,7 @@ def _triton() -> tuple[bool, bool]:
 
 
 def _tensor_refusal(tensor: Tensor) -> str | None:
-    if tensor.numel() == 0:
+    if is_known(tensor.numel() == 0):
         return "a tensor is empty"
     if tensor.layout != torch.strided:
         return f"there is no kernel for the layout {tensor.layout}"

@@ -46,4 +46,5 @@ def compile_fused(
             raise ValueError(f"stop={stop!r} takes no mode and no other options, got mode={mode!r} and {config}")
         return _dynamo.lookup_backend(stop)(graph_module, list(example_inputs))
     config = {**_inductor.list_mode_options(mode), **config} if mode is not None else config
-    return _dynamo.lookup_backend("inductor")(graph_module, list(example_inputs), config_patches=config)
+    inductor: Any = _dynamo.lookup_backend("inductor")
+    return inductor(graph_module, list(example_inputs), config_patches=config)

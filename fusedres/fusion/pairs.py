@@ -70,8 +70,7 @@ def add_norm(
     if isinstance(norm, tuple):
         if residual is None:
             return input, batch_norm(input, norm, **act)
-        *state, counter = norm
-        return add_batch_norm_act(input, residual, *state, num_batches_tracked=counter, **act)
+        return add_batch_norm_act(input, residual, *norm[:7], num_batches_tracked=norm[7], **act)
     if type(norm) is BatchNormAct2d:
         return (input, norm(input, **act)) if residual is None else norm.add(input, residual, **act)
     return (input, foreign_norm(norm, input)) if residual is None else foreign_add_norm(norm, input, residual)

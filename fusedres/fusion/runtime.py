@@ -28,8 +28,7 @@ LayerNorm: TypeAlias = "nn.LayerNorm | tuple[Sequence[int], Tensor | None, Tenso
 
 def batch_norm(input: Tensor, norm: BatchNormState, act: str | None = None, residual: Tensor | None = None) -> Tensor:
     """``act(norm(input) + residual)`` in one operation."""
-    *state, counter = norm
-    return batch_norm_act(input, *state, residual=residual, act=act, num_batches_tracked=counter)
+    return batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=norm[7])
 
 
 def norm_add(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:

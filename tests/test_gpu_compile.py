@@ -39,8 +39,8 @@ MODELS: list[Callable[[], nn.Module]] = [resnet, preact, mlp]
 @pytest.fixture(autouse=True)
 def _deterministic(monkeypatch):
     """float32 products in full, so that what is compared differs by the order of summation alone."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "ieee")
+    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -67,6 +67,7 @@ def check_step(run: Callable[[Tensor], Tensor], model: nn.Module, reference: nn.
     wanted.backward(grad)
     torch.testing.assert_close(out, wanted, **TOLERANCE)
     for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert parameter.grad is not None and other.grad is not None, name
         # In the 2-norm: one element next to zero may fall on either side of a ReLU.
         assert (parameter.grad - other.grad).norm() <= 0.02 * other.grad.norm(), name
     check_buffers(model, reference)

@@ -37,12 +37,16 @@ MODELS: list[Callable[[], nn.Module]] = [resnet, preact, mlp]
 
 
 @pytest.fixture(autouse=True)
-def _deterministic(monkeypatch):
+def _full_precision():
     """float32 products in full, so that what is compared differs by the order of summation alone."""
-    monkeypatch.setattr("torch.backends.cuda.matmul.fp32_precision", "ieee")
-    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")
     torch._dynamo.reset()
+    switches: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv")]  # noqa: B009
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
     yield
+    for switch, precision in zip(switches, before, strict=True):
+        switch.fp32_precision = precision
     torch._dynamo.reset()
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusedres import reference
 from fusedres.ops import KERNEL_DTYPES as KERNEL_DTYPES  # for explain
-from fusedres.ops import autocast_dtypes, autocasts, layer_norm_refusal, tf32, use_kernels
+from fusedres.ops import autocast_dtypes, autocasts, is_known, layer_norm_refusal, tf32, use_kernels
 from fusedres.ops import multiplies_itself as multiplies_itself  # for explain
 from fusedres.ops import refusal as refusal  # for explain
 
@@ -267,8 +267,12 @@ def _check_batch_norm(
 def _check_training(
     input: Tensor, running_mean: Tensor | None, momentum: float | None, num_batches_tracked: Tensor | None
 ) -> None:
-    if input.numel() == input.shape[1] != 0:
-        raise ValueError(f"input must have more than 1 value per channel when training, got shape {tuple(input.shape)}")
+    if input.shape[1] != 0:
+        if is_known(input.numel() == input.shape[1]):
+            shape = tuple(input.shape)
+            raise ValueError(f"input must have more than 1 value per channel when training, got shape {shape}")
+        if torch.compiler.is_compiling():
+            torch._check(input.numel() != input.shape[1])  # where it is open: raises when the data is there
     if num_batches_tracked is not None:
         if num_batches_tracked.numel() != 1 or num_batches_tracked.is_floating_point():
             raise ValueError(f"num_batches_tracked must be one integer, got {num_batches_tracked!r}")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fusedres.functional import add_batch_norm_act
 from fusedres.fusion.foreign import foreign_add_norm, foreign_norm
-from fusedres.fusion.runtime import is_changed, is_hooked
+from fusedres.fusion.runtime import BatchNormState, batch_norm, is_changed, is_hooked
 from fusedres.nn import BatchNormAct2d, PreActBasicBlock, PreActBottleneck
 
 Pair = tuple[Tensor, Tensor | None]
@@ -60,17 +61,23 @@ def joined(block: nn.Module, input: Tensor, residual: Tensor | None) -> Tensor:
     return block(input) if residual is None else total(*operands(block, input, residual))
 
 
-def add_norm(norm: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, **act: Any) -> tuple[Tensor, Tensor]:
+def add_norm(
+    norm: nn.BatchNorm2d | BatchNormState, input: Tensor, residual: Tensor | None, **act: Any
+) -> tuple[Tensor, Tensor]:
     """``(s, norm(s))`` of ``s = input + residual``."""
     if residual is not None and input.dtype != residual.dtype and not _is_single(norm):
         input, residual = input + residual, None  # the statistics may be of the sum's dtype
+    if isinstance(norm, tuple):
+        if residual is None:
+            return input, batch_norm(input, norm, **act)
+        return add_batch_norm_act(input, residual, *norm[:7], num_batches_tracked=norm[7], **act)
     if type(norm) is BatchNormAct2d:
         return (input, norm(input, **act)) if residual is None else norm.add(input, residual, **act)
     return (input, foreign_norm(norm, input)) if residual is None else foreign_add_norm(norm, input, residual)
 
 
-def _is_single(norm: nn.BatchNorm2d) -> bool:
-    vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+def _is_single(norm: nn.BatchNorm2d | BatchNormState) -> bool:
+    vectors = norm[:4] if isinstance(norm, tuple) else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return all(vector is None or vector.dtype == torch.float32 for vector in vectors)
 
 

@@ -9,18 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from fusedres.functional import autocasts, layer_norm_linear_act, linear_layer_norm_act
+from fusedres.functional import autocasts, batch_norm_act, layer_norm_linear_act, linear_layer_norm_act
 from fusedres.fusion.foreign import is_foreign
 from fusedres.nn import BatchNormAct2d
 
-# A layer is a module, whose tensors are read at each call, or what its function takes after the input.
+# A layer is a module, whose tensors are read at each call, or what its function takes after the input. The state of a
+# BatchNorm: running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked.
+BatchNormState: TypeAlias = (
+    "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float, Tensor | None]"
+)
+BatchNorm: TypeAlias = "BatchNormAct2d | BatchNormState"
 Linear: TypeAlias = "nn.Linear | tuple[Tensor, Tensor | None]"
 LayerNorm: TypeAlias = "nn.LayerNorm | tuple[Sequence[int], Tensor | None, Tensor | None, float]"
 
 
-def norm_add(norm: BatchNormAct2d, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:
+def batch_norm(input: Tensor, norm: BatchNormState, act: str | None = None, residual: Tensor | None = None) -> Tensor:
+    """``act(norm(input) + residual)`` in one operation."""
+    return batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=norm[7])
+
+
+def norm_add(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:
     """``act(norm(input) + residual)`` with eager's result, fused where the addition neither broadcasts nor casts.
 
     ``changes`` is the operand that the addition changed in place, ``"norm"`` or ``"residual"``, if any: its dtype
@@ -32,9 +43,11 @@ def norm_add(norm: BatchNormAct2d, input: Tensor, residual: Any, act: str | None
         and residual.device == input.device
         and (residual.dtype == input.dtype or (changes is None and residual.is_floating_point()))
     ):
+        if isinstance(norm, tuple):
+            return batch_norm(input, norm, act, residual)
         # By keyword: a normalisation that knows neither raises.
         return norm(input, residual=residual, act=act)
-    out = _add(norm(input), residual, changes)
+    out = _add(batch_norm(input, norm) if isinstance(norm, tuple) else norm(input), residual, changes)
     return torch.relu(out) if act == "relu" else out
 
 
@@ -84,8 +97,8 @@ def linear_shape(input: Tensor, linear: Linear) -> Tensor:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is an ordinary tensor, or stands for one in an export; others are quantized, sharded or the like."""
-    return type(tensor) in (Tensor, nn.Parameter, FakeTensor)
+    """Whether it is an ordinary tensor, or stands for one in a trace; others are quantized, sharded or the like."""
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def is_changed(

@@ -19,7 +19,7 @@ _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may 
 _OWN_FUNCTIONS = {norm_add, norm_linear, linear_norm, linear_norm_add, linear_shape}
 _FRESH_FUNCTIONS = {
     *_OWN_FUNCTIONS, operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu,
-    F.linear, F.layer_norm,
+    F.linear, F.layer_norm, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d,
 }  # fmt: skip
 _FRESH_METHODS = {"clone", "add", "sub", "mul", "div", "relu"}
 _FRESH_MODULES = (
@@ -98,6 +98,10 @@ class Values:
         function: Any = node.target
         if isinstance(function, torch._ops.OpOverload):
             return function._schema.is_mutable
+        if isinstance(function, torch._ops.OpOverloadPacket):
+            return any(getattr(function, name)._schema.is_mutable for name in function.overloads())
+        if isinstance(function, torch._ops.HigherOrderOperator):  # what its graphs do is not looked at
+            return True
         if function in IN_PLACE_OPERATORS.values() or "out" in node.kwargs or node.kwargs.get("inplace", False):
             return True
         known = function in _OWN_FUNCTIONS or _namespace(function) in ("_operator", "torch")
@@ -116,7 +120,11 @@ class Values:
             )
         if node.op == "call_method":
             return node.target in _FRESH_METHODS
-        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
+        if node.op != "call_function":
+            return False
+        if node.target is F.relu:
+            return not self.mutates(node)
+        return node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
 
     def may_change_between(self, value: fx.Node, start: fx.Node, end: fx.Node) -> bool:
         """Whether a node strictly between ``start`` and ``end`` may change ``value`` in place."""

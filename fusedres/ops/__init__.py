@@ -6,6 +6,7 @@ from fusedres.ops import layer_norm as layer_norm
 from fusedres.ops.dispatch import KERNEL_DTYPES as KERNEL_DTYPES
 from fusedres.ops.dispatch import autocast_dtypes as autocast_dtypes
 from fusedres.ops.dispatch import autocasts as autocasts
+from fusedres.ops.dispatch import is_known as is_known
 from fusedres.ops.dispatch import layer_norm_refusal as layer_norm_refusal
 from fusedres.ops.dispatch import multiplies_itself as multiplies_itself
 from fusedres.ops.dispatch import refusal as refusal

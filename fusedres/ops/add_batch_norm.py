@@ -162,6 +162,7 @@ register(
     _add_batch_norm_act,
     _fake_add_batch_norm_act,
     _AddBatchNormAct,
+    counter=6,
 )
 register(
     "add_batch_norm_act_inference(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor running_mean, "

@@ -202,6 +202,7 @@ register(
     _batch_norm_act,
     _fake_batch_norm_act,
     _BatchNormAct,
+    counter=6,
 )
 register(
     "batch_norm_act_inference(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "

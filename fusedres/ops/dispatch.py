@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fusedres.kernels.tiling import MAX_LAYER_NORM, fuses_layer_norm_linear, fuses_linear_layer_norm
 from fusedres.kernels.workspace import num_sms
@@ -53,7 +54,7 @@ def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None
         reason = reason or _tensor_refusal(tensor)
     if reason is None:
         return True
-    if _policy()[0] == "triton" and input.numel() > 0:
+    if _policy()[0] == "triton" and not is_known(input.numel() == 0):
         raise RuntimeError(f"FUSEDRES_BACKEND=triton, but {reason}")
     return False
 
@@ -70,6 +71,14 @@ def multiplies_itself(norm_first: bool, M: int, N: int, K: int, dtype: torch.dty
         return fuses_layer_norm_linear(M, N, K, tensor_cores)
     sms = num_sms(device if device.type == "cuda" else torch.device("cpu"))
     return fuses_linear_layer_norm(M, N, K, dtype.itemsize, tensor_cores, sms)
+
+
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Whether ``condition`` holds; in a trace that leaves a size open until the data is there, whether it surely does.
+
+    The operators themselves take what is not refused for that reason, such as a batch that turns out to be empty.
+    """
+    return guard_or_false(condition) if torch.compiler.is_compiling() else bool(condition)
 
 
 def autocasts(input: Tensor) -> bool:
@@ -109,7 +118,7 @@ def _triton() -> tuple[bool, bool]:
 
 
 def _tensor_refusal(tensor: Tensor) -> str | None:
-    if tensor.numel() == 0:
+    if is_known(tensor.numel() == 0):
         return "a tensor is empty"
     if tensor.layout != torch.strided:
         return f"there is no kernel for the layout {tensor.layout}"

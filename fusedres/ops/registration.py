@@ -21,16 +21,28 @@ def register(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     function: type[torch.autograd.Function] | None = None,
+    counter: int | None = None,
 ) -> None:
     """Define ``fusedres::<schema>`` for CPU and CUDA tensors.
+
+    Empty inputs, for which nothing can be launched, have the outputs of ``fake``, filled with zeros; the argument
+    ``counter``, if any, counts them all the same.
 
     With ``function``, the last argument of the operator is ``save_for_backward``: where it is true the call goes to
     ``function.apply(operator, *arguments)``.
     """
     name = schema.split("(")[0]
+
+    def run(*args: Any) -> Any:
+        if args[0].numel() > 0:
+            return implementation(*args)
+        if counter is not None and args[counter] is not None:
+            args[counter].add_(1)
+        return tuple(output.zero_() for output in fake(*args))
+
     _library.define(schema, tags=_TAGS)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
+        _library.impl(name, run, key)
     torch.library.register_fake(f"fusedres::{name}", fake, lib=_library)
     if function is None:
         return

@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedres.fusion.blocks import FusedBlock, install, original_class
 from fusedres.fusion.plan import Filter, make_plans, swap_refusal, walk
-from fusedres.nn import BatchNormAct2d, as_batch_norm_act
+from fusedres.nn import OWN_NORMS, BatchNormAct2d, SyncBatchNormAct, as_batch_norm_act
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _TAKEN = "_fusedres_taken"
@@ -41,7 +41,7 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
         ``model`` itself.
     """
     plans = make_plans(model, filter_fn)
-    norms = [(name, norm) for name, norm in walk(model) if type(norm) is nn.BatchNorm2d]
+    norms = [(name, norm) for name, norm in walk(model) if type(norm) is nn.BatchNorm2d or _is_converted(norm)]
     for name, norm in norms:
         if swap_refusal(norm) is None and (filter_fn is None or filter_fn(norm, name)):
             as_batch_norm_act(norm, act=None)
@@ -59,7 +59,8 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
 def unfuse(model: ModuleT) -> ModuleT:
     """Undo :func:`fuse` in place: the original classes and forwards, over the same tensors.
 
-    A :class:`fusedres.nn.BatchNormAct2d` that ``fuse`` did not make stays.
+    A :class:`fusedres.nn.BatchNormAct2d` that ``fuse`` did not make stays, and so does a
+    :class:`fusedres.nn.SyncBatchNormAct`.
 
     Returns:
         ``model`` itself.
@@ -68,14 +69,20 @@ def unfuse(model: ModuleT) -> ModuleT:
         _restore(module)
         if is_taken(module):
             delattr(module, _TAKEN)
-            del module.act
-            module.__class__ = nn.BatchNorm2d
+            if type(module) is BatchNormAct2d:
+                del module.act
+                module.__class__ = nn.BatchNorm2d
     return model
 
 
 def is_taken(module: nn.Module) -> bool:
-    """Whether ``fuse`` made this BatchNormAct2d."""
-    return type(module) is BatchNormAct2d and _TAKEN in vars(module)
+    """Whether ``fuse`` made this a BatchNormAct2d, or may call it as one."""
+    return type(module) in OWN_NORMS and _TAKEN in vars(module)
+
+
+def _is_converted(module: nn.Module) -> bool:
+    """Whether it may have been a plain BatchNorm before ``convert_sync_batchnorm``."""
+    return isinstance(module, SyncBatchNormAct) and module.act is None
 
 
 def _restore(block: nn.Module) -> None:

@@ -176,13 +176,13 @@ BUDGET = {"plain": (3, 5), "residual": (4 + BIT, 6 + BIT), "added": (5, 6)}  # p
 @pytest.mark.parametrize("form", BUDGET)
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_bytes_and_launches(fake_group, triton_backend, form, channels_last):
-    shape = (8, 64, 36, 36)
+    shape = (8, 32, 14, 14)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x, r, dy, ds = (torch.randn(shape).bfloat16().contiguous(memory_format=memory_format) for _ in range(4))
     x.requires_grad_()
     r.requires_grad_()
-    weight, bias = torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)
-    state = (torch.zeros(64), torch.ones(64), weight, bias, True)
+    weight, bias = torch.ones(32, requires_grad=True), torch.zeros(32, requires_grad=True)
+    state = (torch.zeros(32), torch.ones(32), weight, bias, True)
     options = {"act": "relu", "num_batches_tracked": torch.tensor(0), "group": fake_group}
     forward, backward = TrafficMeter(x), TrafficMeter(x)
     with forward:

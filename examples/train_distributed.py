@@ -50,12 +50,13 @@ def build(device: torch.device, *, shard: bool, compiled: bool) -> nn.Module:
     torch.manual_seed(0)  # FSDP does not copy the weights of rank 0 to the others
     block = fusedres.models.BasicBlock
     model: nn.Module = fusedres.models.ResNet(block, [1, 1, 1, 1], 10, in_channels=1, width=16, small_input=True)
-    model = model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    model = fusedres.convert_sync_batchnorm(fusedres.fuse(model))
+    model = fusedres.convert_sync_batchnorm(fusedres.fuse(model.to(device)))
     if compiled:
         model.compile()
     if shard:
-        return fully_shard(model)
+        fully_shard(model)
+        return model
+    model = model.to(memory_format=torch.channels_last)  # FSDP refuses such parameters  # pyright: ignore[reportCallIssue]
     return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
 
 

@@ -129,9 +129,8 @@ def sync_merge(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if running_mean is not None and running_var is not None:
-        factor = momentum
-        if momentum is None:
-            assert num_batches_tracked is not None
+        factor: Tensor | float = 0.0 if momentum is None else momentum
+        if momentum is None and num_batches_tracked is not None:
             factor = 1 / num_batches_tracked.to(messages.dtype)
         for running, new in ((running_mean, mean), (running_var, var * (total / (total - 1)))):
             running.copy_(factor * new + (1 - factor) * running)

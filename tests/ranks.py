@@ -33,7 +33,7 @@ def _rank(rank: int, function: Callable[[int], Any], folder: str) -> None:
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
-    store = dist.FileStore(str(Path(folder) / "store"), RANKS)
+    store = dist.FileStore(str(Path(folder) / "store"), RANKS)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=TIMEOUT)
     with fast_interpreter():
         torch.save(function(rank), _result(folder, rank))

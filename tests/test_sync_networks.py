@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedres
 from fusedres import models
 from fusedres.nn import SyncBatchNormAct
+from tests.oracle import assert_network_as_good_as_eager
 from tests.ranks import RANKS, run_ranks
 from tests.zoo import TOLERANCE, counts, images, randomise, small
 
@@ -44,10 +47,10 @@ def batch(rank: int | None = None) -> tuple[Tensor, Tensor]:
 
 def train(model: nn.Module, x: Tensor, cotangent: Tensor, average: int = 1) -> dict[str, Tensor]:
     """Output, gradients and buffers of a second step; ``average`` is over how many ranks gradients are averaged."""
-    for _ in range(2):
-        model.zero_grad()
-        out = model(x)
-        out.backward(cotangent)
+    model(x).backward(cotangent)
+    model.zero_grad()
+    out = model(x)
+    out.backward(cotangent)
     values = {"output": out.detach()}
     for name, parameter in model.named_parameters():
         grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
@@ -87,8 +90,7 @@ IN_DDP = [*(("small", way) for way in WAYS), ("preact", converted), ("preact", f
 
 def in_ddp(rank: int) -> dict[str, Any]:
     return {
-        f"{name} {way.__name__}": train(DistributedDataParallel(way(name)), *batch(rank), RANKS)
-        for name, way in IN_DDP
+        f"{name} {way.__name__}": train(DistributedDataParallel(way(name)), *batch(rank), RANKS) for name, way in IN_DDP
     }
 
 
@@ -124,6 +126,14 @@ def with_subgroups(rank: int) -> dict[str, Any]:
     return results
 
 
+def with_kernels(rank: int) -> dict[str, Tensor]:
+    """In float32, interpreted, without fallback."""
+    model = converted("preact").float()
+    x, cotangent = (tensor.float() for tensor in batch(rank))
+    with mock.patch.dict(os.environ, FUSEDRES_BACKEND="triton"):
+        return train(DistributedDataParallel(model), x, cotangent, RANKS)
+
+
 def collectives(rank: int) -> dict[str, dict[str, int]]:
     """How many of each a step of the bare network has."""
     seen = {}
@@ -150,7 +160,7 @@ class _Collectives(TorchDispatchMode):
 
 def everything(rank: int) -> dict[str, Any]:
     networks = in_ddp(rank) | in_fsdp(rank) | compiled(rank) | with_subgroups(rank)
-    return {"networks": networks, "collectives": collectives(rank)}
+    return {"networks": networks, "kernels": with_kernels(rank), "collectives": collectives(rank)}
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +185,18 @@ def test_as_one_process(found, run):
             ours = parts[0][name]
             assert torch.equal(ours, parts[1][name]), name
         torch.testing.assert_close(ours, value, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_kernels_as_one_process(found):
+    x, cotangent = batch()
+    exact = train(build("preact"), x.float().double(), cotangent.float().double())
+    eager = train(build("preact").float(), x.float(), cotangent.float())
+    one, other = (results["kernels"] for results in found)
+    ours = {
+        name: torch.cat((value, other[name])) if value.shape != exact[name].shape else value
+        for name, value in one.items()
+    }
+    assert_network_as_good_as_eager(ours, [eager], exact)
 
 
 @pytest.mark.parametrize("name", NORMS)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedres.fusion.blocks import FusedBlock, install, original_class
 from fusedres.fusion.plan import Filter, make_plans, swap_refusal, walk
-from fusedres.nn import OWN_NORMS, BatchNormAct2d, SyncBatchNormAct, as_batch_norm_act
+from fusedres.nn import OWN_NORMS, SyncBatchNormAct, as_batch_norm_act
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _TAKEN = "_fusedres_taken"
@@ -69,7 +69,7 @@ def unfuse(model: ModuleT) -> ModuleT:
         _restore(module)
         if is_taken(module):
             delattr(module, _TAKEN)
-            if type(module) is BatchNormAct2d:
+            if not isinstance(module, SyncBatchNormAct):
                 del module.act
                 module.__class__ = nn.BatchNorm2d
     return model

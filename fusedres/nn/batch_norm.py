@@ -37,9 +37,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, act: str | None = _OWN) -> Tensor:
         """Normalise ``input`` ``(N, C, H, W)``; ``act`` overrides the module's for this call."""
-        return batch_norm_act(
-            input, **self._state(input), residual=residual, act=self.act if act == _OWN else act
-        )
+        return batch_norm_act(input, **self._state(input), residual=residual, act=self.act if act == _OWN else act)
 
     def add(self, input: Tensor, residual: Tensor, *, act: str | None = _OWN) -> tuple[Tensor, Tensor]:
         """``(s, self(s))`` of ``s = input + residual``, see :func:`fusedres.functional.add_batch_norm_act`."""

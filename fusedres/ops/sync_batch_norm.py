@@ -188,7 +188,9 @@ def _fake_normalise(
     channels = input.shape[1]
     masked = save_for_backward and residual is not None and act is not None
     return (
-        torch.empty_like(input, dtype=input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)),
+        torch.empty_like(
+            input, dtype=input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+        ),
         input.new_empty((input.numel() // channels + 7) // 8 * channels if masked else 0, dtype=torch.uint8),
     )
 
@@ -204,9 +206,7 @@ def _fake_gradient(grad: Tensor, grad_sum: Tensor | None, input: Tensor, *args: 
     return torch.empty_like(input)
 
 
-register(
-    "sync_moments(Tensor input, Tensor? residual) -> (Tensor message, Tensor sum)", _moments, _fake_moments
-)
+register("sync_moments(Tensor input, Tensor? residual) -> (Tensor message, Tensor sum)", _moments, _fake_moments)
 register(
     "sync_merge(Tensor messages, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor stats, Tensor inverse)",

@@ -307,16 +307,18 @@ def _check_batch_norm(
         if dtype is not None and dtype.is_complex:
             raise TypeError(f"residual must be floating-point, got {residual.dtype}")
     if training:
-        if not shared and input.numel() == input.shape[1] != 0:
-            raise ValueError(
-                f"input must have more than 1 value per channel when training, got shape {tuple(input.shape)}"
-            )
-        _check_training(input, running_mean, momentum, num_batches_tracked)
+        _check_training(input, running_mean, momentum, num_batches_tracked, shared)
 
 
 def _check_training(
-    input: Tensor, running_mean: Tensor | None, momentum: float | None, num_batches_tracked: Tensor | None
+    input: Tensor,
+    running_mean: Tensor | None,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+    shared: bool,
 ) -> None:
+    if not shared and input.numel() == input.shape[1] != 0:
+        raise ValueError(f"input must have more than 1 value per channel when training, got shape {tuple(input.shape)}")
     if num_batches_tracked is not None:
         if num_batches_tracked.numel() != 1 or num_batches_tracked.is_floating_point():
             raise ValueError(f"num_batches_tracked must be one integer, got {num_batches_tracked!r}")

@@ -2,6 +2,7 @@
 
 from fusedres import functional, models, nn
 from fusedres.fusion import explain, fuse, unfuse
+from fusedres.nn import convert_sync_batchnorm
 
 __version__ = "0.1.0"
-__all__ = ["explain", "functional", "fuse", "models", "nn", "unfuse"]
+__all__ = ["convert_sync_batchnorm", "explain", "functional", "fuse", "models", "nn", "unfuse"]

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from fusedres import reference
 from fusedres.ops import KERNEL_DTYPES as KERNEL_DTYPES  # for explain
-from fusedres.ops import autocast_dtypes, autocasts, is_known, layer_norm_refusal, tf32, use_kernels
+from fusedres.ops import (
+    autocast_dtypes,
+    autocasts,
+    is_known,
+    layer_norm_refusal,
+    sync_batch_norm_act,
+    tf32,
+    use_kernels,
+)
 from fusedres.ops import multiplies_itself as multiplies_itself  # for explain
 from fusedres.ops import refusal as refusal  # for explain
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ACTIVATIONS = (None, "relu")
 
@@ -27,6 +40,7 @@ def batch_norm_act(
     residual: Tensor | None = None,
     act: str | None = None,
     num_batches_tracked: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Batch normalisation, then an optional residual addition, then an optional activation.
 
@@ -48,6 +62,10 @@ def batch_norm_act(
         residual: of ``input``'s shape and device; its dtype may differ, the output is promoted as by ``+``.
         act: ``None`` or ``"relu"``.
         num_batches_tracked: one integer, incremented when ``training``.
+        group: the ranks over whose batches the statistics are taken when ``training``; ``None`` is this one.
+            Every rank calls this, with a batch of any size, and runs the backward: one all-gather of (count, mean,
+            M2), merged by Chan et al. (1983) in one order on all ranks, and one all-reduce. Gradients of weight and
+            bias are those of the rank's own batch, as in :class:`torch.nn.SyncBatchNorm`.
 
     Returns:
         A tensor of ``input``'s shape and memory format.
@@ -55,12 +73,20 @@ def batch_norm_act(
     Raises:
         TypeError: a tensor that is not floating-point, or a weight of another dtype than ``input``'s or float32.
         ValueError: shapes or devices that do not fit together, an unknown ``act``, statistics that are missing,
-            or one value a channel in training. Nothing has been updated then.
+            or one value a channel in training (not looked for in other ranks: that would wait for the device).
+            Nothing has been updated then.
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
     """
+    shared = training and group is not None and group.size() > 1
     _check_batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, residual, act, num_batches_tracked
-    )
+        input, running_mean, running_var, weight, bias, training, momentum, residual, act, num_batches_tracked,
+        shared=shared,
+    )  # fmt: skip
+    if shared:
+        return _synchronised(
+            input, residual, (weight, bias), (running_mean, running_var, num_batches_tracked), momentum, eps, act,
+            group, added=False,
+        )  # fmt: skip
     if not use_kernels(input, residual, weight, bias, running_mean, running_var):
         return reference.batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps,
@@ -90,6 +116,7 @@ def add_batch_norm_act(
     *,
     act: str | None = None,
     num_batches_tracked: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The join of pre-activation blocks: ``s = input + residual`` and ``act(batch_norm(s))``.
 
@@ -97,7 +124,7 @@ def add_batch_norm_act(
 
     Args:
         input, residual: ``(N, C, *)`` of one shape; the dtypes may differ, ``s`` is promoted as by ``+``.
-        running_mean, running_var, weight, bias, training, momentum, eps, act, num_batches_tracked: as
+        running_mean, running_var, weight, bias, training, momentum, eps, act, num_batches_tracked, group: as
             :func:`batch_norm_act`.
 
     Returns:
@@ -106,10 +133,16 @@ def add_batch_norm_act(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`batch_norm_act`, where ``input`` is the sum or a term of it.
     """
+    shared = training and group is not None and group.size() > 1
     _check_batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, residual, act, num_batches_tracked,
-        dtype=torch.promote_types(input.dtype, residual.dtype),
+        dtype=torch.promote_types(input.dtype, residual.dtype), shared=shared,
     )  # fmt: skip
+    if shared:
+        return _synchronised(
+            input, residual, (weight, bias), (running_mean, running_var, num_batches_tracked), momentum, eps, act,
+            group, added=True,
+        )  # fmt: skip
     if not use_kernels(input, residual, weight, bias, running_mean, running_var):
         return reference.add_batch_norm_act(
             input, residual, running_mean, running_var, weight, bias, training, momentum, eps,
@@ -219,6 +252,28 @@ def linear_layer_norm_act(
     )[0]  # fmt: skip
 
 
+def _synchronised(
+    input: Tensor,
+    residual: Tensor | None,
+    parameters: tuple[Tensor | None, Tensor | None],
+    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
+    momentum: float | None,
+    eps: float,
+    act: str | None,
+    group: ProcessGroup | None,
+    *,
+    added: bool,
+) -> Any:
+    """The batches of all ranks normalised together; a rank with an empty one merges as the others do."""
+    assert group is not None
+    activations = (input, residual) if input.numel() > 0 else (input.new_empty(1), None)
+    return sync_batch_norm_act(
+        input, residual, parameters, buffers, momentum=momentum, eps=eps, act=act, added=added,
+        group=(group.group_name, group.size()), kernels=use_kernels(*activations, *parameters, *buffers[:2]),
+        save_for_backward=_needs_grad(input, residual, *parameters),
+    )  # fmt: skip
+
+
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -235,11 +290,12 @@ def _check_batch_norm(
     act: str | None,
     num_batches_tracked: Tensor | None,
     *,
+    shared: bool,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Raise TypeError or ValueError, naming the argument and the value, before anything is launched.
 
-    ``dtype``: of the sum where it is input + residual that is normalised.
+    ``dtype``: of the sum where it is input + residual that is normalised. ``shared``: other ranks have values too.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
@@ -261,13 +317,17 @@ def _check_batch_norm(
         if dtype is not None and dtype.is_complex:
             raise TypeError(f"residual must be floating-point, got {residual.dtype}")
     if training:
-        _check_training(input, running_mean, momentum, num_batches_tracked)
+        _check_training(input, running_mean, momentum, num_batches_tracked, shared)
 
 
 def _check_training(
-    input: Tensor, running_mean: Tensor | None, momentum: float | None, num_batches_tracked: Tensor | None
+    input: Tensor,
+    running_mean: Tensor | None,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+    shared: bool,
 ) -> None:
-    if input.shape[1] != 0:
+    if not shared and input.shape[1] != 0:
         if is_known(input.numel() == input.shape[1]):
             shape = tuple(input.shape)
             raise ValueError(f"input must have more than 1 value per channel when training, got shape {shape}")

@@ -90,3 +90,112 @@ def linear_layer_norm_act(
     if act == "relu":
         out = torch.relu_(out)
     return out if residual is None else out + residual
+
+
+# The steps of sync_batch_norm_act, between which ranks exchange messages; the kernels have the same.
+
+
+def sync_moments(input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """([2C + 1] of mean, M2 and count, s = input + residual); ``s`` is empty without a residual."""
+    s = input.new_empty(0) if residual is None else input + residual
+    x = _wide(input if residual is None else s)
+    count = x.numel() // x.shape[1]
+    if count == 0:
+        return x.new_zeros(2 * x.shape[1] + 1), s
+    var, mean = torch.var_mean(x, _rows(x), correction=0)
+    return torch.cat((mean, var * count, x.new_full((1,), count))), s
+
+
+def sync_merge(
+    messages: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """([4, C] of mean, rstd, scale and shift, [2, C] of 1/count and rstd/count) of ``messages`` [ranks, 2C + 1].
+
+    Chan et al. (1983), over all ranks at once. Updates the running statistics.
+    """
+    channels = messages.shape[1] // 2
+    means, m2, count = messages.split((channels, channels, 1), 1)
+    total = count.sum()
+    mean = (count * means).sum(0) / total
+    mean = mean + (count * (means - mean)).sum(0) / total
+    var = (m2 + count * (means - mean).square()).sum(0) / total
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if running_mean is not None and running_var is not None:
+        factor: Tensor | float = 0.0 if momentum is None else momentum
+        if momentum is None and num_batches_tracked is not None:
+            factor = 1 / num_batches_tracked.to(messages.dtype)
+        for running, new in ((running_mean, mean), (running_var, var * (total / (total - 1)))):
+            running.copy_(factor * new + (1 - factor) * running)
+    rstd = (var + eps).rsqrt()
+    scale = rstd if weight is None else rstd * weight
+    shift = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype)
+    inverse = torch.stack((torch.ones_like(rstd), rstd)) / total
+    return torch.stack((mean, rstd, scale, shift)), inverse
+
+
+def sync_normalise(
+    input: Tensor, residual: Tensor | None, stats: Tensor, act: str | None, save_for_backward: bool
+) -> tuple[Tensor, Tensor]:
+    """(act(bn(input) + residual), where the ReLU was open)."""
+    mean, _, scale, shift = _broadcast(stats, input)
+    z = (_wide(input) - mean) * scale + shift
+    dtype = input.dtype
+    if residual is not None:
+        z = z + residual
+        dtype = torch.promote_types(dtype, residual.dtype)
+    z = z.to(dtype)
+    if act is None:
+        return z, z.new_empty(0, dtype=torch.bool)
+    return torch.relu(z), ~(z <= 0)
+
+
+def sync_reduce(
+    grad: Tensor, input: Tensor, stats: Tensor, mask: Tensor, act: str | None, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """([2, C] of Σg and rstd·Σg·(x − mean), g = grad where the ReLU was open; empty without a dtype)."""
+    mean, rstd, _, _ = _broadcast(stats, input)
+    g = _open(grad, mask, act).to(stats.dtype)
+    sums = torch.stack((g.sum(_rows(g)), (g * ((_wide(input) - mean) * rstd)).sum(_rows(g))))
+    return sums, grad.new_empty(0) if residual_dtype is None else g.to(residual_dtype)
+
+
+def sync_gradient(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    input: Tensor,
+    stats: Tensor,
+    means: Tensor,
+    mask: Tensor,
+    act: str | None,
+) -> Tensor:
+    """scale·(g − mean of g − (x − mean)·rstd²·mean of g·(x − mean)), with ``grad_sum`` added."""
+    mean, _, scale, _ = _broadcast(stats, input)
+    mean_g, mean_gx = _broadcast(means, input)
+    dx = scale * (_open(grad, mask, act).to(stats.dtype) - mean_g - (_wide(input) - mean) * mean_gx)
+    return (dx if grad_sum is None else dx + grad_sum).to(input.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype that statistics have."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rows(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+def _broadcast(vectors: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """The rows of ``vectors`` [*, C], each against the channels of ``x``."""
+    return vectors.view(-1, x.shape[1], *(1 for _ in range(x.dim() - 2))).unbind()
+
+
+def _open(grad: Tensor, mask: Tensor, act: str | None) -> Tensor:
+    return grad if act is None else torch.where(mask, grad, 0)

@@ -108,7 +108,7 @@ def _batch_norm_fwd_stats_kernel(
     x_ptr, residual_ptr, s_ptr, counters_ptr, partials_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr,
     running_var_ptr, num_batches_ptr,
     M, C, S, momentum,
-    EPS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    EPS: tl.constexpr, MERGE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
@@ -133,11 +133,17 @@ def _batch_norm_fwd_stats_kernel(
     tl.store(partials_ptr + (programs + pid_m) * C + offs_c, var_c, mask=mask_c)
     if _arrive(counters_ptr + 1 + pid_c) == programs - 1:
         mean_c, var_c = _merge_partials(partials_ptr, offs_c, mask_c, M, C, programs, BLOCK_M, BLOCK_C, BLOCK_P)
-        _affine(mean_c, var_c, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
-        _update_running(
-            mean_c, var_c, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counters_ptr, tl.num_programs(0),
-            momentum, offs_c, mask_c,
-        )  # fmt: skip
+        if MERGE:  # with the samples of other ranks, before anything is made of them
+            rows = M.to(tl.float32)
+            tl.store(stats_ptr + offs_c, mean_c, mask=mask_c)
+            tl.store(stats_ptr + C + offs_c, var_c * rows, mask=mask_c)
+            tl.store(stats_ptr + 2 * C, rows)
+        else:
+            _affine(mean_c, var_c, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
+            _update_running(
+                mean_c, var_c, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counters_ptr,
+                tl.num_programs(0), momentum, offs_c, mask_c,
+            )  # fmt: skip
         tl.store(counters_ptr + 1 + pid_c, 0)
 
 
@@ -246,7 +252,7 @@ def batch_norm_fwd_stats(
             x, residual, s, counters(x.device), partials, stats, weight, bias, running_mean, running_var,
             num_batches_tracked,
             view.M, view.C, view.S, momentum,
-            EPS=eps, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            EPS=eps, MERGE=False, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,
         )  # fmt: skip
     return stats

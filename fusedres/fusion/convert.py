@@ -11,7 +11,7 @@ from fusedres.fusion.blocks import FusedBlock, install
 from fusedres.fusion.derived import original_class
 from fusedres.fusion.foreign import TakenNorm, is_timms, take
 from fusedres.fusion.plan import Filter, make_plans, swap_refusal, walk
-from fusedres.nn import BatchNormAct2d, as_batch_norm_act
+from fusedres.nn import OWN_NORMS, SyncBatchNormAct, as_batch_norm_act
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _TAKEN = "_fusedres_taken"
@@ -44,7 +44,7 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
         ``model`` itself.
     """
     plans = make_plans(model, filter_fn)
-    norms = [(name, norm) for name, norm in walk(model) if type(norm) is nn.BatchNorm2d or is_timms(norm)]
+    norms = [(name, norm) for name, norm in walk(model) if _may_be_taken(norm)]
     for name, norm in norms:
         if swap_refusal(norm) is None and (filter_fn is None or filter_fn(norm, name)):
             _take(norm)
@@ -61,7 +61,8 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
 def unfuse(model: ModuleT) -> ModuleT:
     """Undo :func:`fuse` in place: the original classes and forwards, over the same tensors.
 
-    A :class:`fusedres.nn.BatchNormAct2d` that ``fuse`` did not make stays.
+    A :class:`fusedres.nn.BatchNormAct2d` that ``fuse`` did not make stays, and so does a
+    :class:`fusedres.nn.SyncBatchNormAct`.
 
     Returns:
         ``model`` itself.
@@ -70,14 +71,21 @@ def unfuse(model: ModuleT) -> ModuleT:
         _restore(module)
         if is_taken(module):
             delattr(module, _TAKEN)
-            del module.act
-            module.__class__ = nn.BatchNorm2d
+            if not isinstance(module, SyncBatchNormAct):
+                del module.act
+                module.__class__ = nn.BatchNorm2d
     return model
 
 
 def is_taken(module: nn.Module) -> bool:
-    """Whether ``fuse`` made this BatchNormAct2d, or gave timm's its forward."""
-    return isinstance(module, TakenNorm) or (type(module) is BatchNormAct2d and _TAKEN in vars(module))
+    """Whether ``fuse`` made this a BatchNormAct2d, or may call it as one, or gave timm's its forward."""
+    return isinstance(module, TakenNorm) or (type(module) in OWN_NORMS and _TAKEN in vars(module))
+
+
+def _may_be_taken(module: nn.Module) -> bool:
+    """A plain BatchNorm, also as ``convert_sync_batchnorm`` leaves it, or timm's."""
+    converted = isinstance(module, SyncBatchNormAct) and module.act is None
+    return type(module) is nn.BatchNorm2d or converted or is_timms(module)
 
 
 def _take(norm: nn.Module) -> None:

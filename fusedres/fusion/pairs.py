@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fusedres.functional import add_batch_norm_act
 from fusedres.fusion.foreign import foreign_add_norm, foreign_norm
 from fusedres.fusion.runtime import BatchNormState, batch_norm, is_changed, is_hooked
-from fusedres.nn import BatchNormAct2d, PreActBasicBlock, PreActBottleneck
+from fusedres.nn import OWN_NORMS, PreActBasicBlock, PreActBottleneck
 
 Pair = tuple[Tensor, Tensor | None]
 _NATIVE = (PreActBasicBlock, PreActBottleneck)
@@ -71,7 +71,7 @@ def add_norm(
         if residual is None:
             return input, batch_norm(input, norm, **act)
         return add_batch_norm_act(input, residual, *norm[:7], num_batches_tracked=norm[7], **act)
-    if type(norm) is BatchNormAct2d:
+    if isinstance(norm, OWN_NORMS):
         return (input, norm(input, **act)) if residual is None else norm.add(input, residual, **act)
     return (input, foreign_norm(norm, input)) if residual is None else foreign_add_norm(norm, input, residual)
 
@@ -112,7 +112,7 @@ def is_open(modules: Iterable[nn.Module | None]) -> bool:
 
 def _is_closed(module: Any) -> bool:
     return (
-        (type(module).__module__.startswith("torch.nn.modules.") or type(module) is BatchNormAct2d)
+        (type(module).__module__.startswith("torch.nn.modules.") or type(module) in OWN_NORMS)
         and "forward" not in module.__dict__
         and not getattr(module, "inplace", False)
         and not is_hooked(module)

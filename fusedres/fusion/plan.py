@@ -21,7 +21,7 @@ from fusedres.fusion.reads import UntraceableError, mentions
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import is_hooked, is_plain
 from fusedres.fusion.tracing import trace
-from fusedres.nn import BatchNormAct2d, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
+from fusedres.nn import OWN_NORMS, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
 Filter = Callable[[nn.Module, str], bool]
 # Fused by those who built them; the pattern is reported under their LayerNorm.
@@ -86,8 +86,8 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def swap_refusal(norm: nn.Module) -> str | None:
-    """Why ``norm`` cannot become a :class:`BatchNormAct2d`, or timm's get our forward."""
-    if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) and not is_timms(norm):
+    """Why ``norm`` cannot become one of :mod:`fusedres.nn`, or timm's get our forward."""
+    if type(norm) not in (nn.BatchNorm2d, *OWN_NORMS) and not is_timms(norm):
         return f"{type(norm).__name__} is not nn.BatchNorm2d"
     if "forward" in vars(norm):
         return "its forward was replaced on the instance"

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fusedres.functional import autocasts, batch_norm_act, layer_norm_linear_act, linear_layer_norm_act
 from fusedres.fusion.foreign import is_foreign
-from fusedres.nn import BatchNormAct2d
+from fusedres.nn import OWN_NORMS, BatchNormAct2d
 
 # A layer is a module, whose tensors are read at each call, or what its function takes after the input. The state of a
 # BatchNorm: running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked.
@@ -110,7 +110,7 @@ def is_changed(
 ) -> bool:
     """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference."""
     for norm in norms:
-        if type(norm) is not BatchNormAct2d and not is_foreign(norm):
+        if type(norm) not in OWN_NORMS and not is_foreign(norm):
             return True
     for act in acts:
         if type(act) is not nn.ReLU:

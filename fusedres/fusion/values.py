@@ -13,7 +13,7 @@ from torch import fx, nn
 from fusedres.fusion.foreign import is_foreign
 from fusedres.fusion.runtime import is_hooked, linear_norm, linear_norm_add, linear_shape, norm_add, norm_linear
 from fusedres.fusion.tracing import IN_PLACE_OPERATORS
-from fusedres.nn import BatchNormAct2d
+from fusedres.nn import OWN_NORMS
 
 _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
 _OWN_FUNCTIONS = {norm_add, norm_linear, linear_norm, linear_norm_add, linear_shape}
@@ -23,7 +23,7 @@ _FRESH_FUNCTIONS = {
 }  # fmt: skip
 _FRESH_METHODS = {"clone", "add", "sub", "mul", "div", "relu"}
 _FRESH_MODULES = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, BatchNormAct2d, nn.LayerNorm,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, *OWN_NORMS, nn.LayerNorm,
     nn.MaxPool2d, nn.AvgPool2d,
 )  # fmt: skip
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "exponential")
@@ -183,7 +183,7 @@ def _keeps_inputs(module: nn.Module | None) -> bool:
     if module is None:
         return False
     return _is_timms(module) or all(
-        (type(part).__module__.startswith("torch.nn.modules.") or type(part) is BatchNormAct2d)
+        (type(part).__module__.startswith("torch.nn.modules.") or type(part) in OWN_NORMS)
         and "forward" not in vars(part)
         and not is_hooked(part)
         and not getattr(part, "inplace", False)

@@ -3,8 +3,10 @@
 from fusedres.nn.batch_norm import BatchNormAct2d, as_batch_norm_act
 from fusedres.nn.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
 from fusedres.nn.linear import LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
+from fusedres.nn.sync_batch_norm import OWN_NORMS, SyncBatchNormAct, convert_sync_batchnorm
 
 __all__ = [
+    "OWN_NORMS",
     "BasicBlock",
     "BatchNormAct2d",
     "Bottleneck",
@@ -13,5 +15,7 @@ __all__ = [
     "PreActBasicBlock",
     "PreActBottleneck",
     "ResidualMLPBlock",
+    "SyncBatchNormAct",
     "as_batch_norm_act",
+    "convert_sync_batchnorm",
 ]

@@ -37,15 +37,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, act: str | None = _OWN) -> Tensor:
         """Normalise ``input`` ``(N, C, H, W)``; ``act`` overrides the module's for this call."""
-        return batch_norm_act(
-            input, **batch_norm_state(self, input), residual=residual, act=self.act if act == _OWN else act
-        )
+        return batch_norm_act(input, **self._state(input), residual=residual, act=self.act if act == _OWN else act)
 
     def add(self, input: Tensor, residual: Tensor, *, act: str | None = _OWN) -> tuple[Tensor, Tensor]:
         """``(s, self(s))`` of ``s = input + residual``, see :func:`fusedres.functional.add_batch_norm_act`."""
-        return add_batch_norm_act(
-            input, residual, **batch_norm_state(self, input), act=self.act if act == _OWN else act
-        )
+        return add_batch_norm_act(input, residual, **self._state(input), act=self.act if act == _OWN else act)
+
+    def _state(self, input: Tensor) -> dict[str, Any]:
+        return batch_norm_state(self, input)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}"

@@ -111,3 +111,17 @@ print(len(launches), len(set(launches)))
     launches, variants = map(int, run_compiled(["-c", program]).split())
     assert 2 * 53 <= launches <= 4 * 53
     assert variants <= most
+
+
+def test_the_number_of_ranks_makes_no_variant() -> None:
+    program = """
+import torch
+from benchmarks.instruments.codegen import recorded_launches
+from fusedres.kernels.sync_batch_norm import merge
+vector = torch.empty(64)
+with recorded_launches() as launches:
+    for ranks in (2, 8, 64):
+        merge(torch.empty(ranks, 129), vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5)
+print(len(launches), len(set(launches)))
+"""
+    assert run_compiled(["-c", program]).split() == ["3", "1"]

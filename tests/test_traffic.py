@@ -72,4 +72,5 @@ def test_every_kernel_is_measured() -> None:
     sources = [path.read_text() for path in (root / "kernels").glob("*.py")]
     kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
     rows = results.read(results.RESULTS / "cpu" / "traffic.jsonl")
-    assert {name for row in rows for name in row.note.split(", ")} == kernels
+    # Ranks merge vectors alone, whatever the activation is; test_sync_batch_norm counts their launches and bytes.
+    assert {name for row in rows for name in row.note.split(", ")} == kernels - {"_batch_norm_merge_kernel"}

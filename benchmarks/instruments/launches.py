@@ -91,6 +91,20 @@ def add_batch_norm_launches(
     return launches
 
 
+def sync_batch_norm_launches(
+    shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool, residual: bool
+) -> list[Launch]:
+    """Those of the forward around what ranks exchange; the others are as on one rank."""
+    from fusedres.kernels.sync_batch_norm import merge, moments
+
+    x, vector = _activation(shape, dtype, channels_last), torch.empty(shape[1])
+    with recorded_launches() as launches:
+        moments(x, x if residual else None)
+        messages = torch.empty(8, 2 * shape[1] + 1)
+        merge(messages, vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5)
+    return launches
+
+
 def _activation(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     form = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, memory_format=form)
@@ -272,6 +286,8 @@ def _layers(dtypes: Sequence[torch.dtype]) -> Iterator[list[Launch]]:
     modes = (True, False)
     for (shape, channels_last), dtype, layer, training in product(BATCH_NORM_SHAPES, dtypes, BATCH_NORM_LAYERS, modes):
         yield layer(shape, dtype, channels_last=channels_last, training=training)
+    for (shape, channels_last), dtype, residual in product(BATCH_NORM_SHAPES[:2], dtypes, modes):
+        yield sync_batch_norm_launches(shape, dtype, channels_last=channels_last, residual=residual)
     for (M, N, K), dtype, training in product(LINEAR_SHAPES, dtypes, modes):
         for layer in (layer_norm_linear_launches, linear_layer_norm_launches):
             for tf32 in (True, False) if dtype == torch.float32 else (False,):

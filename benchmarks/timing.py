@@ -29,8 +29,9 @@ class Batch:
     target: Tensor | tuple[Tensor, ...]
 
     def formatted(self, memory_format: torch.memory_format) -> Batch:
-        """With images in ``memory_format``."""
-        return Batch(_formatted(self.inputs, memory_format), self.target)
+        """With images in ``memory_format``, cotangents too."""
+        target = self.target if isinstance(self.target, Tensor) else _formatted(self.target, memory_format)
+        return Batch(_formatted(self.inputs, memory_format), target)
 
 
 def _formatted(tensors: tuple[Tensor, ...], memory_format: torch.memory_format) -> tuple[Tensor, ...]:
@@ -62,13 +63,7 @@ def train_step(instance: Instance, batches: Sequence[Batch], dtype: torch.dtype)
 
 def _gradient_step(instance: Instance, batches: list[Batch], dtype: torch.dtype) -> Step:
     parameters = list(instance.module.parameters())
-    own = [
-        Batch(
-            tuple(x.detach().requires_grad_() for x in batch.inputs),
-            _formatted(tuple(batch.target), instance.memory_format),
-        )
-        for batch in batches
-    ]
+    own = [Batch(tuple(x.detach().requires_grad_() for x in batch.inputs), tuple(batch.target)) for batch in batches]
 
     def step(turn: int, mark: Mark) -> None:
         batch = own[turn % len(own)]
@@ -84,14 +79,14 @@ def _gradient_step(instance: Instance, batches: list[Batch], dtype: torch.dtype)
 
 def inference_step(instance: Instance, batches: Sequence[Batch], dtype: torch.dtype) -> Step:
     """Forward in evaluation mode without gradients; marks nothing."""
-    own = [batch.formatted(instance.memory_format) for batch in batches]
+    own = [_formatted(batch.inputs, instance.memory_format) for batch in batches]
 
     def step(turn: int, mark: Mark) -> None:
         del mark
-        batch = own[turn % len(own)]
+        inputs = own[turn % len(own)]
         _set_mode(instance.module, training=False)
-        with torch.no_grad(), autocast(batch.inputs[0], dtype):
-            instance.call(*batch.inputs)
+        with torch.no_grad(), autocast(inputs[0], dtype):
+            instance.call(*inputs)
 
     return step
 

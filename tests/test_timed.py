@@ -160,6 +160,66 @@ def test_out_of_memory_is_a_row():
     assert {row.status for row in rows if row.provider == BASELINE} == {"ok"}
 
 
+def test_out_of_memory_in_the_check_is_a_row(monkeypatch: pytest.MonkeyPatch):
+    """float64 takes more than any provider; nothing is left to time then."""
+
+    def check(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(parity, "check", check)
+    rows = measure(BLOCK, PROVIDERS[BASELINE], PROVIDERS["fusedres"])
+    assert len(rows) == 4
+    assert all(row.status == "OOM" and "check" in row.note and not row.figures for row in rows)
+
+
+def test_out_of_memory_while_timing_is_a_row(monkeypatch: pytest.MonkeyPatch):
+    def interleave(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing, "interleave", interleave)
+    rows = measure(BLOCK, PROVIDERS[BASELINE])
+    assert [(row.status, row.figures) for row in rows] == [("OOM", {})] * 2
+
+
+def test_a_model_is_compiled_at_every_size():
+    """Two compiling providers, in two modes and at two shapes each a batch; beyond its limit Dynamo runs eagerly."""
+    compiled: list[tuple[int, ...]] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled.append(tuple(x.shape[0] for x in inputs if x.dim() == 4 and x.shape[1:] == (64, 6, 6)))
+        return module
+
+    def prepare(model: nn.Module) -> Callable[..., Any]:
+        return torch.compile(model, backend=backend, dynamic=False)
+
+    block = replace(BLOCK, batches=(2, 3, 5), compiled=True)
+    compilers = [Provider(name, True, prepare, compiles=True) for name in ("one", "another", "a third")]
+    assert {row.status for row in measure(block, *compilers)} == {"ok"}
+    assert compiled.count((5,)) == 2 * len(compilers)
+
+
+def test_providers_share_their_inputs():
+    """In the format that most of them want; a copy for each would not fit a GPU."""
+    for workload in LAYERS:
+        [batch] = timed._Measurement(workload, CPU)._batches((4, *workload.sample))[:1]
+        wanted = batch.formatted(torch.channels_last)
+        assert [x.data_ptr() for x in batch.inputs] == [x.data_ptr() for x in wanted.inputs]
+        assert [x.data_ptr() for x in batch.target] == [x.data_ptr() for x in wanted.target]
+
+
+@pytest.mark.parametrize("error", [float("inf"), 0.0])
+def test_nobody_is_right_where_eager_is_not_finite(error: float):
+    rows = [{"outputs": (error, error)}]
+    assert not parity._verdict(rows, [[{"outputs": (float("inf"),) * 2}]], torch.float16)["ok"]
+
+
+def test_the_memory_of_captured_graphs_is_not_a_step_s(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "peak_memory_mib", lambda step, device: 5.0)
+    graphed = Provider("graphed", True, lambda model: model, replays=True)
+    rows = measure(NORMS[0], PROVIDERS[BASELINE], graphed)
+    assert {(row.provider, row.figures["peak_mib"]) for row in rows} == {(BASELINE, 5.0), ("graphed", None)}
+
+
 def test_out_of_time_is_said():
     request = replace(REQUEST, seconds=-1)
     cases = timed.plan("models", request)

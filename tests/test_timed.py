@@ -185,11 +185,11 @@ def test_a_model_is_compiled_at_every_size():
     """Two compiling providers, in two modes and at two shapes each a batch; beyond its limit Dynamo runs eagerly."""
     compiled: list[tuple[int, ...]] = []
 
-    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        compiled.append(tuple(x.shape[0] for x in inputs if x.dim() == 4 and x.shape[1:] == (64, 6, 6)))
-        return module
-
     def prepare(model: nn.Module) -> Callable[..., Any]:
+        def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+            compiled.append(tuple(x.shape[0] for x in inputs if x.dim() == 4 and x.shape[1:] == (64, 6, 6)))
+            return module
+
         return torch.compile(model, backend=backend, dynamic=False)
 
     block = replace(BLOCK, batches=(2, 3, 5), compiled=True)

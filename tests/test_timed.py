@@ -352,3 +352,57 @@ def test_interval_of_a_ratio():
     assert noisy["speedup_low"] < 0.5
     assert noisy["speedup_high"] > 2
     assert timing.speedup(rounds, rounds) == {"speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
+
+
+def test_on_a_gpu_the_host_is_ahead(monkeypatch: pytest.MonkeyPatch):
+    """Of what is queued while the GPU waits, the events see the GPU's time alone."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("idle"))
+
+    def step(turn: int, mark: Callable[[], None]) -> None:
+        mark()
+        log.append("step")
+
+    assert timing.laps(step, 0, GPU, queued=True) == [2.5, 2.5]
+    assert log == ["idle", "sleep", "event", "event", "step", "event", "idle"]
+    log.clear()
+    assert timing.milliseconds(lambda: log.append("call"), GPU) == 2.5
+    assert log == ["idle", "sleep", "event", "call", "event", "idle"]
+    log.clear()
+    assert (timing.host_microseconds(lambda turn, mark: log.append("step"), GPU, calls=1) or 0) > 0
+    assert log == ["idle", "sleep", "step", "idle"]
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_a_graph_is_captured_once_for_each_mode_and_shape(monkeypatch: pytest.MonkeyPatch):
+    captured: list[tuple[bool, tuple[int, ...]]] = []
+
+    def capture(call: nn.Module, samples: tuple[torch.Tensor, ...]) -> nn.Module:
+        assert not torch.is_autocast_cache_enabled()
+        assert [x.requires_grad for x in samples] == [True, True]
+        captured.append((next(call.children()).training, tuple(samples[0].shape)))
+        return call
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    workload = NORMS[2]
+    instance = providers.instantiate(replace(PROVIDERS["fusedres + CUDA graph"]), workload.build(), CPU)
+    parts = []
+    for batch in (4, 6):
+        measurement = timed._Measurement(replace(workload, dtype="float32"), CPU)
+        step = timing.train_step(instance, measurement._batches((batch, *workload.sample)), torch.float32)
+        parts += timing.interleave({"graph": step}, CPU, 3)["graph"]
+    assert captured == [(True, (4, *workload.sample)), (True, (6, *workload.sample))]
+    assert [len(laps) for laps in parts] == [3] * 6

@@ -207,6 +207,19 @@ def test_providers_share_their_inputs():
         assert [x.data_ptr() for x in batch.target] == [x.data_ptr() for x in wanted.target]
 
 
+def test_a_layer_that_is_right_now_and_then_is_wrong():
+    turns = iter(range(1000))
+
+    def change(model: nn.Module) -> None:
+        def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+            return output if next(turns) // 2 % 5 == 4 else 1.1 * output  # training and evaluation take turns
+
+        model.register_forward_hook(hook)
+
+    rows = measure(NORMS[1], Provider("racy", True, changed(change)))
+    assert {row.status for row in rows if row.provider == "racy"} == {"WRONG"}
+
+
 @pytest.mark.parametrize("error", [float("inf"), 0.0])
 def test_nobody_is_right_where_eager_is_not_finite(error: float):
     rows = [{"outputs": (error, error)}]

@@ -19,7 +19,6 @@ from rich.console import Console
 from benchmarks import providers, results
 from benchmarks.environment import resolve_device
 from benchmarks.errors import BenchmarkError, fail
-from benchmarks.reporting import readme
 from benchmarks.suite import Request, drive
 from benchmarks.suites import ALL, SUITES
 from benchmarks.workloads import DTYPES
@@ -92,9 +91,13 @@ def _run(arguments: argparse.Namespace) -> bool:
         rows = drive(SUITES[name], request, chosen, CONSOLE)
         right &= all(row.status not in ("WRONG", "failed") for row in rows)
     if request.folder.resolve() == results.RESULTS:
+        from benchmarks.reporting import readme  # needs matplotlib, which a machine that measures may not have
+
         readme.update()
         CONSOLE.print("The README's tables and the plots are up to date with the rows.")
     elif arguments.suite in ("report", "all"):
+        from benchmarks.reporting import readme
+
         readme.draw(request.folder)
     return right
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -52,7 +53,7 @@ def describe(device: torch.device) -> dict[str, str | float | None]:
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "driver": _driver() if on_gpu else None,
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "triton": _triton(),
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -69,6 +70,17 @@ def commit() -> str:
     files = sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
     return f"{head or 'unknown'}-dirty-{digest}"
+
+
+@functools.cache
+def _triton() -> str | None:
+    """Of the module that is imported, whose distribution has other names too, such as pytorch-triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.import_module("triton").__version__
 
 
 @functools.cache

@@ -29,6 +29,7 @@ class Provider:
         by_default: whether it takes part without being named; ``quick``, in quick runs too.
         needs: the module it is made of, where that is an optional one.
         layers: the kinds of layers it has; ``None`` for whole models too.
+        replays: whether its memory belongs to captured graphs, so that a step allocates next to nothing.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Provider:
     quick: bool = True
     needs: str | None = None
     layers: tuple[str, ...] | None = None
+    replays: bool = False
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run on ``device``."""
@@ -139,7 +141,7 @@ PROVIDERS = {
         ),
         Provider("fusedres", True, fused),
         Provider("fusedres + compile", True, _fuse_and_compile, compiles=True, quick=False),
-        Provider("fusedres + CUDA graph", True, _fuse_and_capture, needs_gpu=True),
+        Provider("fusedres + CUDA graph", True, _fuse_and_capture, needs_gpu=True, replays=True),
         Provider("attorch", False, rivals.attorch, needs_gpu=True, needs="attorch", layers=(*_NORMS, "ln-linear-relu")),
         Provider("cuDNN", True, rivals.cudnn, needs_gpu=True, needs="cudnn", layers=_NORMS),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.providers import Instance
 
@@ -29,8 +29,9 @@ class Batch:
     target: Tensor | tuple[Tensor, ...]
 
     def formatted(self, memory_format: torch.memory_format) -> Batch:
-        """With images in ``memory_format``."""
-        return Batch(_formatted(self.inputs, memory_format), self.target)
+        """With images in ``memory_format``, cotangents too."""
+        target = self.target if isinstance(self.target, Tensor) else _formatted(self.target, memory_format)
+        return Batch(_formatted(self.inputs, memory_format), target)
 
 
 def _formatted(tensors: tuple[Tensor, ...], memory_format: torch.memory_format) -> tuple[Tensor, ...]:
@@ -48,7 +49,7 @@ def train_step(instance: Instance, batches: Sequence[Batch], dtype: torch.dtype)
 
     def step(turn: int, mark: Mark) -> None:
         batch = own[turn % len(own)]
-        instance.module.train()
+        _set_mode(instance.module, training=True)
         instance.optimizer.zero_grad(set_to_none=True)
         with autocast(batch.inputs[0], dtype):
             loss = F.cross_entropy(instance.call(*batch.inputs), batch.target)  # pyright: ignore[reportArgumentType]
@@ -62,17 +63,11 @@ def train_step(instance: Instance, batches: Sequence[Batch], dtype: torch.dtype)
 
 def _gradient_step(instance: Instance, batches: list[Batch], dtype: torch.dtype) -> Step:
     parameters = list(instance.module.parameters())
-    own = [
-        Batch(
-            tuple(x.detach().requires_grad_() for x in batch.inputs),
-            _formatted(tuple(batch.target), instance.memory_format),
-        )
-        for batch in batches
-    ]
+    own = [Batch(tuple(x.detach().requires_grad_() for x in batch.inputs), tuple(batch.target)) for batch in batches]
 
     def step(turn: int, mark: Mark) -> None:
         batch = own[turn % len(own)]
-        instance.module.train()
+        _set_mode(instance.module, training=True)
         with autocast(batch.inputs[0], dtype):
             outputs = as_tuple(instance.call(*batch.inputs))
         mark()
@@ -84,16 +79,22 @@ def _gradient_step(instance: Instance, batches: list[Batch], dtype: torch.dtype)
 
 def inference_step(instance: Instance, batches: Sequence[Batch], dtype: torch.dtype) -> Step:
     """Forward in evaluation mode without gradients; marks nothing."""
-    own = [batch.formatted(instance.memory_format) for batch in batches]
+    own = [_formatted(batch.inputs, instance.memory_format) for batch in batches]
 
     def step(turn: int, mark: Mark) -> None:
         del mark
-        batch = own[turn % len(own)]
-        instance.module.eval()
-        with torch.no_grad(), autocast(batch.inputs[0], dtype):
-            instance.call(*batch.inputs)
+        inputs = own[turn % len(own)]
+        _set_mode(instance.module, training=False)
+        with torch.no_grad(), autocast(inputs[0], dtype):
+            instance.call(*inputs)
 
     return step
+
+
+def _set_mode(module: nn.Module, *, training: bool) -> None:
+    """Where it is another one: to set it anew takes the host's time, and makes Dynamo check its guards the long way."""
+    if module.training != training:
+        module.train(training)
 
 
 STEPS = {"training": train_step, "inference": inference_step}
@@ -159,8 +160,8 @@ def laps(step: Step, turn: int, device: torch.device, *, queued: bool = False) -
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time of one call."""
-    [lap] = laps(lambda turn, mark: call(), 0, device)
+    """Time of one call, on a GPU without that of the host, which launches it."""
+    [lap] = laps(lambda turn, mark: call(), 0, device, queued=True)
     return lap
 
 
@@ -189,13 +190,16 @@ def warm_up(steps: Mapping[str, Step], device: torch.device, limit: float) -> fl
 def interleave(
     steps: Mapping[str, Step], device: torch.device, rounds: int, *, queued: bool = False
 ) -> dict[str, list[list[float]]]:
-    """Milliseconds of the parts of each step, one call of each a round; every round starts with another one."""
+    """Milliseconds of the parts of each step, one call of each a round; every round starts with another one.
+
+    Each call has the inputs behind those of the call before it, whosever that was: the L2 cache would still hold them.
+    """
     names = list(steps)
     samples: dict[str, list[list[float]]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            samples[name].append(laps(steps[name], turn, device, queued=queued))
+        for place, name in enumerate(names[first:] + names[:first]):
+            samples[name].append(laps(steps[name], turn * len(names) + place, device, queued=queued))
     return samples
 
 

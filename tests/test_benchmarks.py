@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from rich.table import Table
 
 pytest.importorskip("rich")
 from benchmarks import __main__ as command
-from benchmarks import results, suite
+from benchmarks import environment, results, suite
 from benchmarks.environment import commit, describe
 from benchmarks.errors import BenchmarkError
 from benchmarks.results import Key, Row
@@ -197,6 +198,23 @@ def test_bad_requests_end_in_one_line(
     assert message in printed.err
     assert len(printed.err.splitlines()) == 1
     assert not list(tmp_path.iterdir()), "nothing is half-written"
+
+
+def test_measuring_needs_no_plots() -> None:
+    """A machine with a GPU need not have matplotlib: rows are drawn elsewhere."""
+    program = "import sys, benchmarks.__main__; raise SystemExit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_triton_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    wanted = describe(CPU)["triton"]
+    environment._triton.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert describe(CPU)["triton"] == wanted is not None
+    environment._triton.cache_clear()
 
 
 def test_the_command_ends_with_its_status(tmp_path: Path) -> None:

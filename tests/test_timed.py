@@ -160,6 +160,79 @@ def test_out_of_memory_is_a_row():
     assert {row.status for row in rows if row.provider == BASELINE} == {"ok"}
 
 
+def test_out_of_memory_in_the_check_is_a_row(monkeypatch: pytest.MonkeyPatch):
+    """float64 takes more than any provider; nothing is left to time then."""
+
+    def check(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(parity, "check", check)
+    rows = measure(BLOCK, PROVIDERS[BASELINE], PROVIDERS["fusedres"])
+    assert len(rows) == 4
+    assert all(row.status == "OOM" and "check" in row.note and not row.figures for row in rows)
+
+
+def test_out_of_memory_while_timing_is_a_row(monkeypatch: pytest.MonkeyPatch):
+    def interleave(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing, "interleave", interleave)
+    rows = measure(BLOCK, PROVIDERS[BASELINE])
+    assert [(row.status, row.figures) for row in rows] == [("OOM", {})] * 2
+
+
+def test_a_model_is_compiled_at_every_size():
+    """Two compiling providers, in two modes and at two shapes each a batch; beyond its limit Dynamo runs eagerly."""
+    compiled: list[tuple[int, ...]] = []
+
+    def prepare(model: nn.Module) -> Callable[..., Any]:
+        def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+            compiled.append(tuple(x.shape[0] for x in inputs if x.dim() == 4 and x.shape[1:] == (64, 6, 6)))
+            return module
+
+        return torch.compile(model, backend=backend, dynamic=False)
+
+    block = replace(BLOCK, batches=(2, 3, 5), compiled=True)
+    compilers = [Provider(name, True, prepare, compiles=True) for name in ("one", "another", "a third")]
+    assert {row.status for row in measure(block, *compilers)} == {"ok"}
+    assert compiled.count((5,)) == 2 * len(compilers)
+
+
+def test_providers_share_their_inputs():
+    """In the format that most of them want; a copy for each would not fit a GPU."""
+    for workload in LAYERS:
+        [batch] = timed._Measurement(workload, CPU)._batches((4, *workload.sample))[:1]
+        wanted = batch.formatted(torch.channels_last)
+        assert [x.data_ptr() for x in batch.inputs] == [x.data_ptr() for x in wanted.inputs]
+        assert [x.data_ptr() for x in batch.target] == [x.data_ptr() for x in wanted.target]
+
+
+def test_a_layer_that_is_right_now_and_then_is_wrong():
+    turns = iter(range(1000))
+
+    def change(model: nn.Module) -> None:
+        def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+            return output if next(turns) // 2 % 5 == 4 else 1.1 * output  # training and evaluation take turns
+
+        model.register_forward_hook(hook)
+
+    rows = measure(NORMS[1], Provider("racy", True, changed(change)))
+    assert {row.status for row in rows if row.provider == "racy"} == {"WRONG"}
+
+
+@pytest.mark.parametrize("error", [float("inf"), 0.0])
+def test_nobody_is_right_where_eager_is_not_finite(error: float):
+    rows = [{"outputs": (error, error)}]
+    assert not parity._verdict(rows, [[{"outputs": (float("inf"),) * 2}]], torch.float16)["ok"]
+
+
+def test_the_memory_of_captured_graphs_is_not_a_step_s(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "peak_memory_mib", lambda step, device: 5.0)
+    graphed = Provider("graphed", True, lambda model: model, replays=True)
+    rows = measure(NORMS[0], PROVIDERS[BASELINE], graphed)
+    assert {(row.provider, row.figures["peak_mib"]) for row in rows} == {(BASELINE, 5.0), ("graphed", None)}
+
+
 def test_out_of_time_is_said():
     request = replace(REQUEST, seconds=-1)
     cases = timed.plan("models", request)
@@ -259,7 +332,8 @@ def test_interleaving_takes_turns():
     calls: list[tuple[str, int]] = []
     steps = {name: (lambda turn, mark, name=name: calls.append((name, turn))) for name in "abc"}
     samples = timing.interleave(steps, CPU, 3)
-    assert calls == [("a", 0), ("b", 0), ("c", 0), ("b", 1), ("c", 1), ("a", 1), ("c", 2), ("a", 2), ("b", 2)]
+    assert [name for name, _ in calls] == list("abcbcacab")
+    assert [turn for _, turn in calls] == list(range(9)), "nobody has the inputs that another one left in the cache"
     assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3, "c": 3}
 
 
@@ -291,3 +365,57 @@ def test_interval_of_a_ratio():
     assert noisy["speedup_low"] < 0.5
     assert noisy["speedup_high"] > 2
     assert timing.speedup(rounds, rounds) == {"speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
+
+
+def test_on_a_gpu_the_host_is_ahead(monkeypatch: pytest.MonkeyPatch):
+    """Of what is queued while the GPU waits, the events see the GPU's time alone."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("idle"))
+
+    def step(turn: int, mark: Callable[[], None]) -> None:
+        mark()
+        log.append("step")
+
+    assert timing.laps(step, 0, GPU, queued=True) == [2.5, 2.5]
+    assert log == ["idle", "sleep", "event", "event", "step", "event", "idle"]
+    log.clear()
+    assert timing.milliseconds(lambda: log.append("call"), GPU) == 2.5
+    assert log == ["idle", "sleep", "event", "call", "event", "idle"]
+    log.clear()
+    assert (timing.host_microseconds(lambda turn, mark: log.append("step"), GPU, calls=1) or 0) > 0
+    assert log == ["idle", "sleep", "step", "idle"]
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_a_graph_is_captured_once_for_each_mode_and_shape(monkeypatch: pytest.MonkeyPatch):
+    captured: list[tuple[bool, tuple[int, ...]]] = []
+
+    def capture(call: nn.Module, samples: tuple[torch.Tensor, ...]) -> nn.Module:
+        assert not torch.is_autocast_cache_enabled()
+        assert [x.requires_grad for x in samples] == [True, True]
+        captured.append((next(call.children()).training, tuple(samples[0].shape)))
+        return call
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    workload = NORMS[2]
+    instance = providers.instantiate(replace(PROVIDERS["fusedres + CUDA graph"]), workload.build(), CPU)
+    parts = []
+    for batch in (4, 6):
+        measurement = timed._Measurement(replace(workload, dtype="float32"), CPU)
+        step = timing.train_step(instance, measurement._batches((batch, *workload.sample)), torch.float32)
+        parts += timing.interleave({"graph": step}, CPU, 3)["graph"]
+    assert captured == [(True, (4, *workload.sample)), (True, (6, *workload.sample))]
+    assert [len(laps) for laps in parts] == [3] * 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -132,7 +133,7 @@ def check(operands: Operands, mode: str, separate: Route, fused: Route) -> dict[
     for name, errors_found, errors_theirs, dtype in compared:
         for norm, error, peer in zip(("l2", "max"), errors_found, errors_theirs, strict=True):
             limit = allowed(peer, dtype)
-            verdict["ok"] &= error <= limit
+            verdict["ok"] &= error <= limit < math.inf
             verdict[f"{name}_{norm}"] = [float(f"{error:.3g}"), float(f"{limit:.3g}")]
     return verdict
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch.compiler.config
 from rich.table import Table
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ from benchmarks.workloads import DTYPES, TIMED, Workload, workloads
 MODEL_SECONDS, LAYER_SECONDS = 5.0, 0.5  # of timed rounds, for each case and mode
 WARM_UP = 0.2  # of those seconds
 MIN_ROUNDS, MAX_ROUNDS = 20, 200
+# A frame is compiled anew for each provider, mode and size. Beyond the limit, Dynamo would run the model eagerly and
+# say so in a warning alone: such a provider has failed.
+DYNAMO = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
 UNCHECKED = {"ok": False, "error": "not checked, as it fails in another mode"}
 HEADER = ("workload", "mode", "batch", "dtype", "provider", "ms", "quartiles", "forward + backward", "host µs",
           "MiB", "speedup", "interval", "check")  # fmt: skip
@@ -84,7 +89,9 @@ def run(request: Request, cases: Sequence[Timed]) -> Iterator[Row]:
                 yield from (case.row(m, p, "not measured", "out of time") for m in STEPS for p in case.providers)
                 continue
             # Without caches the first step shows the compile time.
-            with torch.compiler.config.patch(force_disable_caches=True):  # pyright: ignore[reportAttributeAccessIssue]
+            caches = torch.compiler.config.patch(force_disable_caches=True)  # pyright: ignore[reportAttributeAccessIssue]
+            limits = torch._dynamo.config.patch(DYNAMO)  # pyright: ignore[reportAttributeAccessIssue]
+            with caches, limits:
                 yield from measurement.rows(case.without(request.there))
 
 
@@ -92,22 +99,30 @@ class _Measurement:
     """One workload. Of each case: first steps, the correctness check, then the timings."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
-        torch.compiler.reset()
         self.workload, self.device = workload, device
         self.dtype = DTYPES[workload.dtype]
         self.environment = describe(device) | machine.ceilings(device)
 
     def rows(self, case: Timed) -> Iterator[Row]:
+        _forget()
         instances, rejected = self._instances(case)
         batches = self._batches((case.batch, *self.workload.sample))
         steps = {(mode, i.provider.name): STEPS[mode](i, batches, self.dtype) for mode in STEPS for i in instances}
         first, broken = self._first_steps(steps)
         broken |= {(mode, name): ("unsupported", reason) for mode in STEPS for name, reason in rejected.items()}
         failed = {name for (_, name), (status, _) in broken.items() if status != "OOM"}
-        verdicts = self._check(case, [i for i in instances if i.provider.name not in failed])
+        verdicts: dict[str, dict[str, Any]] = {}
+        try:
+            verdicts = self._check(case, [i for i in instances if i.provider.name not in failed])
+        except torch.OutOfMemoryError:
+            broken |= {key: ("OOM", "in the check, in float64") for key in steps if key not in broken}
         for mode in STEPS:
             runnable = {name: step for (of, name), step in steps.items() if of == mode and (of, name) not in broken}
-            figures = self._figures(case, mode, runnable)
+            figures: dict[str, dict[str, float | None]] = {}
+            try:
+                figures = self._figures(case, mode, runnable)
+            except torch.OutOfMemoryError:
+                broken |= {(mode, name): ("OOM", "beside the other providers") for name in runnable}
             environment = self.environment | machine.conditions(self.device)
             for provider in case.providers:
                 name = provider.name
@@ -154,14 +169,17 @@ class _Measurement:
 
     def _check(self, case: Timed, instances: list[Instance]) -> dict[str, dict[str, Any]]:
         shape = self.workload.checked(case.batch)
-        batches = [self._batch(shape, seed) for seed in range(1, parity.INPUTS + 1)]
+        batches = (self._batch(shape, seed) for seed in range(1, parity.INPUTS + 1))
         return parity.check(instances, self.model, batches, self.dtype, channels_last=self.workload.channels_last)
 
     def _figures(self, case: Timed, mode: str, steps: dict[str, Step]) -> dict[str, dict[str, float | None]]:
+        if not steps:
+            return {}
         layer, limit = self.workload.layer, LAYER_SECONDS if self.workload.layer else MODEL_SECONDS
         round_seconds = timing.warm_up(steps, self.device, WARM_UP * limit)
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(limit / max(round_seconds, 1e-9))))
-        peaks = {name: timing.peak_memory_mib(step, self.device) for name, step in steps.items()}
+        replayed = {p.name for p in case.providers if p.replays}
+        peaks = {n: None if n in replayed else timing.peak_memory_mib(s, self.device) for n, s in steps.items()}
         hosts = {name: timing.host_microseconds(step, self.device) if layer else None for name, step in steps.items()}
         samples = timing.interleave(steps, self.device, rounds, queued=layer)
         baseline = samples.get(self.workload.baseline)
@@ -197,20 +215,34 @@ class _Measurement:
         return [first, *(self._batch(shape, 100 + seed) for seed in range(1, count))]
 
     def _batch(self, shape: tuple[int, ...], seed: int) -> Batch:
-        """Inputs, and the labels of a model or the cotangents of a layer."""
+        """Inputs, and the labels of a model or the cotangents of a layer.
+
+        In the format that most providers want, so that they share one copy: the largest are gigabytes.
+        """
         generator = torch.Generator(self.device).manual_seed(seed)
         normal = partial(torch.randn, generator=generator, device=self.device)
         dtype = self.dtype if self.workload.layer else torch.float32
         inputs = tuple(normal(shape).to(dtype) for _ in range(self.workload.inputs))
+        memory_format = torch.channels_last if self.workload.channels_last else torch.contiguous_format
         if not self.workload.layer:
             [classes] = self.workload.output
-            return Batch(inputs, torch.randint(classes, shape[:1], generator=generator, device=self.device))
+            labels = torch.randint(classes, shape[:1], generator=generator, device=self.device)
+            return Batch(inputs, labels).formatted(memory_format)
         sizes = [(shape[0], *self.workload.output)] * self._outputs
-        return Batch(inputs, tuple(normal(size).to(dtype) for size in sizes))
+        targets = tuple(normal(size).to(dtype) for size in sizes)
+        return Batch(inputs, targets).formatted(memory_format)
 
     @cached_property
     def _outputs(self) -> int:
         return 2 if self.workload.name.startswith("add+") else 1
+
+
+def _forget() -> None:
+    """What was compiled and captured. A captured graph is a cycle that keeps its memory until it is collected."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _rounded(value: float) -> float:

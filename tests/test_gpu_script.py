@@ -28,8 +28,8 @@ SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 CHECKS = ["memcheck", "racecheck", "initcheck"]
 MEASURED = ["kernels", "mlp", "models", "memory", "probe", "compile-study"]
 STAGES = [
-    "tests", *CHECKS, "quick-kernels", "quick-mlp", "quick-models", "quick-memory", "probe", "compile-study",
-    "full-kernels", "full-models", "full-mlp",
+    "tests", *CHECKS, "quick-models", "quick-kernels", "quick-mlp", "quick-memory", "probe",
+    "full-kernels", "full-models", "full-mlp", "compile-study",
 ]  # fmt: skip
 PYTHON = f"""#!{sys.executable}
 import json, os, shutil, sys, time
@@ -248,7 +248,7 @@ def test_no_gpu(stub):
     ("asked", "stages"),
     [
         (["quick"], STAGES[4:8]),
-        (["full", "tests"], ["tests", *STAGES[10:]]),
+        (["full", "tests"], ["tests", *STAGES[9:12]]),
         (["max-autotune"], ["max-autotune"]),
         (["quick-mlp"], ["quick-mlp"]),
     ],
@@ -269,3 +269,12 @@ def test_an_unknown_stage(stub):
 def test_a_summary_of_nothing(tmp_path, capsys):
     summary.main(tmp_path, Console(width=summary.WIDTH))
     assert capsys.readouterr().out == "no rows\n"
+
+
+def test_full_leaves_compilation_out_unless_named(stub):
+    def providers(*asked: str) -> list[bool]:
+        calls = [call["arguments"] for call in stub(*asked).calls]
+        return ["--provider" in arguments for arguments in calls if "--full" in arguments and "mlp" in arguments]
+
+    assert providers() == [True]
+    assert providers("full-mlp") == [False]

@@ -123,6 +123,8 @@ class _Measurement:
                 figures = self._figures(case, mode, runnable)
             except torch.OutOfMemoryError:
                 broken |= {(mode, name): ("OOM", "beside the other providers") for name in runnable}
+            except Exception as error:  # at a later step than the first
+                broken |= {(mode, name): ("failed", parity.first_line(error)) for name in runnable}
             environment = self.environment | machine.conditions(self.device)
             for provider in case.providers:
                 name = provider.name

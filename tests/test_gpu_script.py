@@ -271,10 +271,7 @@ def test_a_summary_of_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == "no rows\n"
 
 
-def test_full_leaves_compilation_out_unless_named(stub):
-    def providers(*asked: str) -> list[bool]:
-        calls = [call["arguments"] for call in stub(*asked).calls]
-        return ["--provider" in arguments for arguments in calls if "--full" in arguments and "mlp" in arguments]
-
-    assert providers() == [True]
-    assert providers("full-mlp") == [False]
+@pytest.mark.parametrize(("asked", "compiled"), [((), False), (("full-mlp",), True)])
+def test_full_leaves_compilation_out_unless_named(stub, asked, compiled):
+    [full] = [call["arguments"] for call in stub(*asked).calls if {"mlp", "--full"} <= set(call["arguments"])]
+    assert ("--provider" not in full) == compiled

@@ -1,7 +1,8 @@
 """BatchNorm over the batches of several ranks: the launches between which the ranks exchange a few vectors.
 
 Forward: ``moments`` of the local rows -> all-gather -> ``merge`` -> ``normalise``. Backward: ``reduce`` -> all-reduce
--> ``gradient``. But for the merge the kernels are those of one rank. A rank without rows launches the merge alone.
+-> ``gradient``. But for the merge the kernels are those of one rank. A rank without rows launches the merge alone: the
+others are not called for it.
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -62,12 +63,9 @@ def _batch_norm_merge_kernel(
 def moments(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """(message, s) of a dense x: [2C + 1] of mean, M2 and count, and s = x + residual, empty without one.
 
-    Reads x; with a residual also that, and writes s. One launch, none without rows.
+    Reads x; with a residual also that, and writes s. One launch.
     """
     s = None if residual is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
-    total = x.new_empty(0) if s is None else s
-    if x.numel() == 0:
-        return x.new_zeros(2 * x.shape[1] + 1, dtype=torch.float32), total
     view = rows(x)
     config = tiling.reduction(view, (x if s is None else s).itemsize, num_sms(x.device))
     message = x.new_empty(2 * view.C + 1, dtype=torch.float32)
@@ -79,7 +77,7 @@ def moments(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
             EPS=0.0, MERGE=True, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,
         )  # fmt: skip
-    return message, total
+    return message, x.new_empty(0) if s is None else s
 
 
 def merge(
@@ -114,9 +112,6 @@ def normalise(
     x: Tensor, residual: Tensor | None, stats: Tensor, act: str | None, save_mask: bool
 ) -> tuple[Tensor, Tensor]:
     """(act(bn(x) + residual), mask) of a dense x; reads x and the residual, writes both outputs. One launch."""
-    if x.numel() == 0:
-        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        return torch.empty_like(x, dtype=dtype), x.new_empty(0, dtype=torch.uint8)
     save_mask = save_mask and residual is not None and act is not None  # else the sign is found again from x
     return batch_norm_fwd_apply(x, residual, rows(x), stats, None, None, None, 0.0, act, save_mask)
 
@@ -129,8 +124,6 @@ def reduce(
     Reads dy, x and the mask, writes g. One launch.
     """
     g = x.new_empty(0) if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
-    if x.numel() == 0:
-        return x.new_zeros((2, x.shape[1]), dtype=torch.float32), g
     sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
     out = Gradients(None, None if residual_dtype is None else g, weight=sums[1], bias=sums[0])
     batch_norm_bwd_reduce(dy, x, mask if mask.numel() else None, stats, rows(x), act, out, None)
@@ -151,7 +144,6 @@ def gradient(
     Reads dy, x, the mask and ds, writes dx. One launch.
     """
     dx = torch.empty_like(x)
-    if x.numel() > 0:
-        saved = mask if act is not None and mask.numel() else None
-        batch_norm_bwd_apply(dy, x, saved, stats, means, rows(x), act, dx, ds)
+    saved = mask if act is not None and mask.numel() else None
+    batch_norm_bwd_apply(dy, x, saved, stats, means, rows(x), act, dx, ds)
     return dx

@@ -61,10 +61,25 @@ def linear(order: str, features: tuple[int, int]) -> Case:
     return case
 
 
+def ranks(device: torch.device) -> None:
+    """What ranks launch, with their messages made here."""
+    from fusedres.kernels import sync_batch_norm as sync
+
+    x = torch.randn(5, 40, 33, 17).to(device)
+    vectors = [torch.ones(40, device=device) for _ in range(4)]
+    message, s = sync.moments(x, x)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    stats, inverse = sync.merge(torch.stack([message] * 3), *vectors, count, 0.1, 1e-5)
+    out, mask = sync.normalise(s, None, stats, "relu", True)
+    sums, _ = sync.reduce(out, s, stats, mask, "relu", None)
+    assert sync.gradient(out, s, s, stats, sums * inverse, mask, "relu").isfinite().all() and count.item() == 1
+
+
 LAYERS = (  # the first of each layout fits on-chip, the second needs two launches and several programs a channel tile
     ((3, 20, 5, 3), True), ((5, 40, 33, 17), True), ((3, 20, 5, 3), False), ((5, 3, 33, 17), False),
 )  # fmt: skip
 CASES = {
+    "batch_norm over ranks": ranks,
     **{
         f"batch_norm {shape}, {'channels-last' if last else 'NCHW'}, {mode}": batch_norm(
             shape, last, mode == "training"

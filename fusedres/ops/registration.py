@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("fusedres", "FRAGMENT")
 # Masks and products are laid out like their inputs, so a compiler must not change the strides in between.
@@ -38,7 +39,8 @@ def register(
             return implementation(*args)
         if counter is not None and args[counter] is not None:
             args[counter].add_(1)
-        return tuple(output.zero_() for output in fake(*args))
+        outputs = fake(*args)
+        return outputs.zero_() if isinstance(outputs, Tensor) else tuple(output.zero_() for output in outputs)
 
     _library.define(schema, tags=_TAGS)
     for key in ("CPU", "CUDA"):

@@ -15,7 +15,7 @@ from fusedres import doctor, functional
 from fusedres.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLIC = {name for name, f in vars(functional).items() if name.endswith("_act") and f.__module__ == functional.__name__}
+PUBLIC = set(functional.__all__)
 
 
 @pytest.mark.floor

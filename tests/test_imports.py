@@ -44,7 +44,7 @@ def unit_of(path: Path) -> str:
 
 
 def sources() -> list[Path]:
-    folders = [PACKAGE / name for name in ("", "kernels", "ops", "nn", "fusion", "models")]
+    folders = [PACKAGE / name for name in ("", "kernels", "ops", "functional", "nn", "fusion", "models")]
     return [path for folder in folders for path in sorted(folder.glob("*.py"))]
 
 

@@ -1,0 +1,131 @@
+"""What the fused functions refuse, before anything is launched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedres.ops import autocasts, is_known
+
+ACTIVATIONS = (None, "relu")
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def check_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    residual: Tensor | None,
+    act: str | None,
+    num_batches_tracked: Tensor | None,
+    *,
+    shared: bool,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise TypeError or ValueError, naming the argument and the value, before anything is launched.
+
+    ``dtype``: of the sum where it is input + residual that is normalised. ``shared``: other ranks have values too.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating-point, got {input.dtype}")
+    if input.dim() < 2:
+        raise ValueError(f"input must have at least 2 dimensions (N, C, *), got shape {tuple(input.shape)}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must both be given or both be None")
+    if running_mean is None and not training:
+        raise ValueError("running_mean and running_var must be given when training is False")
+    for name, tensor in (
+        ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
+    ):  # fmt: skip
+        if tensor is not None:
+            _check_vector(name, tensor, input.shape[1], input, dtype)
+    if residual is not None:
+        check_residual(residual, input, input.shape)
+        if dtype is not None and dtype.is_complex:
+            raise TypeError(f"residual must be floating-point, got {residual.dtype}")
+    if training:
+        _check_training(input, running_mean, momentum, num_batches_tracked, shared)
+
+
+def _check_training(
+    input: Tensor,
+    running_mean: Tensor | None,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+    shared: bool,
+) -> None:
+    if not shared and input.shape[1] != 0:
+        if is_known(input.numel() == input.shape[1]):
+            shape = tuple(input.shape)
+            raise ValueError(f"input must have more than 1 value per channel when training, got shape {shape}")
+        if torch.compiler.is_compiling():
+            torch._check(input.numel() != input.shape[1])  # where it is open: raises when the data is there
+    if num_batches_tracked is not None:
+        if num_batches_tracked.numel() != 1 or num_batches_tracked.is_floating_point():
+            raise ValueError(f"num_batches_tracked must be one integer, got {num_batches_tracked!r}")
+        _check_device("num_batches_tracked", num_batches_tracked, input)
+    elif momentum is None and running_mean is not None:
+        raise ValueError("momentum=None (the cumulative average) needs num_batches_tracked")
+
+
+def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> None:
+    """Raise TypeError or ValueError for what a linear map and its normalisation have in common."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating-point, got {input.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have 2 dimensions (N, K), got shape {tuple(weight.shape)}")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input must have shape (*, {weight.shape[1]}), got {tuple(input.shape)}")
+    if weight.dtype != input.dtype and not (autocasts(input) and weight.is_floating_point()):
+        raise TypeError(f"weight must be of input's dtype {input.dtype}, got {weight.dtype}")
+    _check_device("weight", weight, input)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        if bias.dtype != weight.dtype and not (autocasts(input) and bias.is_floating_point()):
+            raise TypeError(f"bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
+        _check_device("bias", bias, input)
+
+
+def check_layer_norm(ln_weight: Tensor | None, ln_bias: Tensor | None, size: int, input: Tensor) -> None:
+    for name, tensor in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+        if tensor is not None:
+            odd = tensor.dtype not in (torch.float32, input.dtype)
+            autocast = odd and tensor.is_floating_point() and autocasts(input)
+            _check_vector(name, tensor, size, input, tensor.dtype if autocast else None)
+    if ln_weight is not None and ln_bias is not None and ln_weight.dtype != ln_bias.dtype:
+        raise TypeError(f"ln_bias must be of ln_weight's dtype {ln_weight.dtype}, got {ln_bias.dtype}")
+
+
+def _check_vector(name: str, tensor: Tensor, size: int, input: Tensor, dtype: torch.dtype | None = None) -> None:
+    """``dtype``: of what is normalised, where it is not ``input``'s."""
+    if tensor.dim() != 1 or tensor.shape[0] != size:
+        raise ValueError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
+    if tensor.dtype not in (torch.float32, dtype or input.dtype):
+        whose = "input's dtype" if dtype is None else "the sum's dtype"
+        raise TypeError(f"{name} must be float32 or of {whose} {dtype or input.dtype}, got {tensor.dtype}")
+    _check_device(name, tensor, input)
+
+
+def check_residual(residual: Tensor, input: Tensor, shape: torch.Size) -> None:
+    if residual.shape != shape:
+        raise ValueError(f"residual must have shape {tuple(shape)}, got {tuple(residual.shape)}")
+    if not (residual.is_floating_point() or residual.is_complex()):
+        raise TypeError(f"residual must be floating-point, got {residual.dtype}")
+    _check_device("residual", residual, input)
+
+
+def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(f"{name} must be on {input.device}, got {tensor.device}")

@@ -2,6 +2,7 @@
 
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
 from fusedres.functional.checks import ACTIVATIONS as ACTIVATIONS  # for nn
+from fusedres.functional.checks import BatchNormState as BatchNormState  # for fusion
 from fusedres.functional.linear import layer_norm_linear_act, linear_layer_norm_act
 from fusedres.ops import KERNEL_DTYPES as KERNEL_DTYPES  # for explain, as what follows
 from fusedres.ops import autocasts as autocasts

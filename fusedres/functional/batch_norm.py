@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedres import reference
-from fusedres.functional.checks import check_batch_norm, needs_grad
+from fusedres.functional.checks import BatchNormState, check_batch_norm, needs_grad
 from fusedres.ops import sync_batch_norm_act, use_kernels
 
 if TYPE_CHECKING:
@@ -65,21 +65,13 @@ def batch_norm_act(
             Nothing has been updated then.
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
     """
+    norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     shared = training and group is not None and group.size() > 1
-    check_batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, residual, act, num_batches_tracked,
-        shared=shared,
-    )  # fmt: skip
+    check_batch_norm(input, norm, residual, act, shared=shared)
     if shared:
-        return _synchronised(
-            input, residual, (weight, bias), (running_mean, running_var, num_batches_tracked), momentum, eps, act,
-            group, added=False,
-        )  # fmt: skip
-    if not use_kernels(input, residual, weight, bias, running_mean, running_var):
-        return reference.batch_norm_act(
-            input, running_mean, running_var, weight, bias, training, momentum, eps,
-            residual=residual, act=act, num_batches_tracked=num_batches_tracked,
-        )  # fmt: skip
+        return _synchronised(input, residual, norm, act, group, added=False)
+    if not use_kernels(input, residual, *norm.tensors):
+        return reference.batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=norm[7])
     save_for_backward = needs_grad(input, residual, weight, bias)
     if training:
         return torch.ops.fusedres.batch_norm_act(
@@ -121,21 +113,14 @@ def add_batch_norm_act(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`batch_norm_act`, where ``input`` is the sum or a term of it.
     """
+    norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     shared = training and group is not None and group.size() > 1
-    check_batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, residual, act, num_batches_tracked,
-        dtype=torch.promote_types(input.dtype, residual.dtype), shared=shared,
-    )  # fmt: skip
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    check_batch_norm(input, norm, residual, act, shared=shared, dtype=dtype)
     if shared:
-        return _synchronised(
-            input, residual, (weight, bias), (running_mean, running_var, num_batches_tracked), momentum, eps, act,
-            group, added=True,
-        )  # fmt: skip
-    if not use_kernels(input, residual, weight, bias, running_mean, running_var):
-        return reference.add_batch_norm_act(
-            input, residual, running_mean, running_var, weight, bias, training, momentum, eps,
-            act=act, num_batches_tracked=num_batches_tracked,
-        )  # fmt: skip
+        return _synchronised(input, residual, norm, act, group, added=True)
+    if not use_kernels(input, residual, *norm.tensors):
+        return reference.add_batch_norm_act(input, residual, *norm[:7], act=act, num_batches_tracked=norm[7])
     save_for_backward = needs_grad(input, residual, weight, bias)
     if training:
         return torch.ops.fusedres.add_batch_norm_act(
@@ -150,10 +135,7 @@ def add_batch_norm_act(
 def _synchronised(
     input: Tensor,
     residual: Tensor | None,
-    parameters: tuple[Tensor | None, Tensor | None],
-    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
-    momentum: float | None,
-    eps: float,
+    norm: BatchNormState,
     act: str | None,
     group: ProcessGroup | None,
     *,
@@ -162,8 +144,9 @@ def _synchronised(
     """The batches of all ranks normalised together; a rank with an empty one merges as the others do."""
     assert group is not None
     activations = (input, residual) if input.numel() > 0 else (input.new_empty(1), None)
+    parameters, buffers = (norm.weight, norm.bias), (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     return sync_batch_norm_act(
-        input, residual, parameters, buffers, momentum=momentum, eps=eps, act=act, added=added,
-        group=(group.group_name, group.size()), kernels=use_kernels(*activations, *parameters, *buffers[:2]),
+        input, residual, parameters, buffers, momentum=norm.momentum, eps=norm.eps, act=act, added=added,
+        group=(group.group_name, group.size()), kernels=use_kernels(*activations, *norm.tensors),
         save_for_backward=needs_grad(input, residual, *parameters),
     )  # fmt: skip

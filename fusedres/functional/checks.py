@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,23 +12,35 @@ from fusedres.ops import autocasts, is_known
 ACTIVATIONS = (None, "relu")
 
 
+class BatchNormState(NamedTuple):
+    """What a BatchNorm normalises with: the arguments of :func:`batch_norm_act` after ``input``."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    num_batches_tracked: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those with a value for each channel."""
+        return self[:4]
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def check_batch_norm(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
+    norm: BatchNormState,
     residual: Tensor | None,
     act: str | None,
-    num_batches_tracked: Tensor | None,
     *,
-    shared: bool,
+    shared: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Raise TypeError or ValueError, naming the argument and the value, before anything is launched.
@@ -39,41 +53,34 @@ def check_batch_norm(
         raise TypeError(f"input must be floating-point, got {input.dtype}")
     if input.dim() < 2:
         raise ValueError(f"input must have at least 2 dimensions (N, C, *), got shape {tuple(input.shape)}")
-    if (running_mean is None) != (running_var is None):
+    if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError("running_mean and running_var must both be given or both be None")
-    if running_mean is None and not training:
+    if norm.running_mean is None and not norm.training:
         raise ValueError("running_mean and running_var must be given when training is False")
-    for name, tensor in (
-        ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
-    ):  # fmt: skip
+    for name, tensor in zip(norm._fields, norm.tensors, strict=False):
         if tensor is not None:
             _check_vector(name, tensor, input.shape[1], input, dtype)
     if residual is not None:
         check_residual(residual, input, input.shape)
         if dtype is not None and dtype.is_complex:
             raise TypeError(f"residual must be floating-point, got {residual.dtype}")
-    if training:
-        _check_training(input, running_mean, momentum, num_batches_tracked, shared)
+    if norm.training:
+        _check_training(input, norm, shared)
 
 
-def _check_training(
-    input: Tensor,
-    running_mean: Tensor | None,
-    momentum: float | None,
-    num_batches_tracked: Tensor | None,
-    shared: bool,
-) -> None:
+def _check_training(input: Tensor, norm: BatchNormState, shared: bool) -> None:
     if not shared and input.shape[1] != 0:
         if is_known(input.numel() == input.shape[1]):
             shape = tuple(input.shape)
             raise ValueError(f"input must have more than 1 value per channel when training, got shape {shape}")
         if torch.compiler.is_compiling():
             torch._check(input.numel() != input.shape[1])  # where it is open: raises when the data is there
-    if num_batches_tracked is not None:
-        if num_batches_tracked.numel() != 1 or num_batches_tracked.is_floating_point():
-            raise ValueError(f"num_batches_tracked must be one integer, got {num_batches_tracked!r}")
-        _check_device("num_batches_tracked", num_batches_tracked, input)
-    elif momentum is None and running_mean is not None:
+    count = norm.num_batches_tracked
+    if count is not None:
+        if count.numel() != 1 or count.is_floating_point():
+            raise ValueError(f"num_batches_tracked must be one integer, got {count!r}")
+        _check_device("num_batches_tracked", count, input)
+    elif norm.momentum is None and norm.running_mean is not None:
         raise ValueError("momentum=None (the cumulative average) needs num_batches_tracked")
 
 

@@ -12,15 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from fusedres.functional import autocasts, batch_norm_act, layer_norm_linear_act, linear_layer_norm_act
+from fusedres.functional import (
+    BatchNormState,
+    autocasts,
+    batch_norm_act,
+    layer_norm_linear_act,
+    linear_layer_norm_act,
+)
 from fusedres.fusion.foreign import is_foreign
 from fusedres.nn import OWN_NORMS, BatchNormAct2d
 
-# A layer is a module, whose tensors are read at each call, or what its function takes after the input. The state of a
-# BatchNorm: running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked.
-BatchNormState: TypeAlias = (
-    "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float, Tensor | None]"
-)
+# A layer is a module, whose tensors are read at each call, or what its function takes after the input.
 BatchNorm: TypeAlias = "BatchNormAct2d | BatchNormState"
 Linear: TypeAlias = "nn.Linear | tuple[Tensor, Tensor | None]"
 LayerNorm: TypeAlias = "nn.LayerNorm | tuple[Sequence[int], Tensor | None, Tensor | None, float]"

@@ -9,19 +9,20 @@ import itertools
 import linecache
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
+from fusedres.fusion.branches import SECOND_FORWARD
 from fusedres.fusion.chains import Chain
 from fusedres.fusion.derived import Derived, disguise
 from fusedres.fusion.joins import Forms, Joined, merge_chains
 from fusedres.fusion.pairs import is_open, total
 from fusedres.fusion.reads import MODULE_ATTRIBUTES, Reads, UntraceableError
 from fusedres.fusion.rewriting import Call
-from fusedres.fusion.runtime import is_changed
+from fusedres.fusion.runtime import end, is_changed, is_resized
 from fusedres.fusion.tracing import parameters
 
 _MISSING = object()
@@ -33,6 +34,12 @@ _FORWARD = """
 def forward(self, {parameters}):
     if {changed}:
         return _original(self, {arguments})
+    return {call}
+"""
+_BRANCHES = """
+def _fusedres_branches(self, {input}, _fusedres_fork, _fusedres_ends):
+    if {changed}:
+        return _end(self.forward({input}), _fusedres_ends)
     return {call}
 """
 _OPERANDS = """
@@ -47,29 +54,24 @@ def _fusedres_operands(self, {input}, _fusedres_residual):
 class Code:
     """A rewritten forward: its text and what the names in it stand for, in a form that compares and pickles.
 
-    ``names`` holds functions by reference and Python modules by name; ``norms`` (of batches), ``acts``, ``linears``,
-    ``layer_norms`` and ``identities`` are the paths of the folded modules, ``guests`` of those that are called with a
-    sum, ``children`` is the number of the block's children and ``attributes`` are the names of its own plain
-    attributes, and of those that its forward looked for in vain. ``chain`` is how the block passes pairs on.
+    ``names`` holds functions by reference and Python modules by name; ``norms`` are the paths of the folded
+    BatchNorms, ``standard`` those of PyTorch's other folded modules with their classes, ``sequences`` those of the
+    nn.Sequential whose children are called in their place with their lengths, ``guests`` of those that are
+    called with a value which user code must not reach, ``children`` is the number of the block's children and
+    ``attributes`` are the names of its own plain attributes, and of those that its forward looked for in vain.
+    ``chain`` is how the block passes pairs on.
     """
 
     source: str
     names: tuple[tuple[str, Any], ...]
     norms: tuple[str, ...]
-    acts: tuple[str, ...]
-    linears: tuple[str, ...]
-    layer_norms: tuple[str, ...]
-    identities: tuple[str, ...]
+    standard: tuple[tuple[str, type[nn.Module]], ...]
+    sequences: tuple[tuple[str, int], ...]
     guests: tuple[str, ...]
     children: int
     attributes: frozenset[str]
     calls: tuple[Call, ...]
     chain: Chain
-
-    @property
-    def folded(self) -> tuple[tuple[str, ...], ...]:
-        """The paths of the folded modules, by kind, as :func:`fusedres.fusion.runtime.is_changed` takes the modules."""
-        return self.norms, self.acts, self.linears, self.layer_norms, self.identities
 
 
 class FusedBlock(Derived):
@@ -128,10 +130,10 @@ class _Module:
     name: str
 
 
-def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, ...]) -> Code:
+def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, ...], asked: bool) -> Code:
     """The code of the forms for training and for evaluation, one where they are the same, behind the checks.
 
-    ``reads`` is what was read of the block's attributes.
+    ``reads`` is what was read of the block's attributes; ``asked`` is whether others call the forked form.
 
     Raises:
         UntraceableError: the graphs call different functions by one name.
@@ -140,33 +142,43 @@ def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, .
     required, others = parameters(type(block).forward)
     arguments = ", ".join(required)
     forwards = [form.forward for form in forms]
-    pairs = [form.paired for form in forms if form.paired is not None]
-    folded = [
-        set[str]().union(*(getattr(form.folded, kind) for form in forms))
-        for kind in ("norms", "acts", "linears", "layer_norms", "identities")
-    ]
-    folded[0].update(*(form.norms for form in forwards))
+    norms = set[str]().union(*(form.folded.norms | form.forward.norms for form in forms))
+    standard = {path: kind for form in forms for path, kind in (form.folded.standard | form.forward.standard).items()}
+    sequences = {path: size for form in forms for path, size in form.folded.sequences.items()}
     guests = set[str]().union(*(form.guests for form in forwards))
     checks = ["self._fusedres_stale", *_literal_checks(reads), f"_len(self._modules) != {len(block._modules)}"]
+    checks += [f"_is_resized({_path(path)}, {size})" for path, size in sorted(sequences.items())]
     source, call = _both_modes(forwards, "forward", arguments, names)
     given = arguments + (", *_fusedres_args, **_fusedres_kwargs" if others else "")
     # A symbolic trace of the user's, such as torchvision's feature extraction, asks for the modules by their names.
     unusual = ["_fusedres_args or _fusedres_kwargs"] * others + [f"_isinstance({n}, _Proxy)" for n in required[:1]]
-    changed = " or ".join(unusual + checks + _module_checks(folded, guests))
+    changed = " or ".join(unusual + checks + _module_checks(norms, standard, guests, names))
     source += _FORWARD.format(parameters=given, arguments=given, changed=changed, call=call)
-    if len(pairs) == 2:
-        folded[0].update(*(form.norms for form in pairs))
-        guests.update(*(form.guests for form in pairs))
-        second, call = _both_modes(pairs, "operands", f"{arguments}, _fusedres_residual", names)
-        changed = " or ".join(checks + _module_checks(folded, guests))
-        source += second + _OPERANDS.format(input=arguments, changed=changed, call=call)
+    for template, name, others, seconds in _seconds(forms, asked):
+        norms.update(*(form.norms for form in seconds))
+        standard.update({path: kind for form in seconds for path, kind in form.standard.items()})
+        guests.update(*(form.guests for form in seconds))
+        second, call = _both_modes(seconds, name, f"{arguments}, {others}", names)
+        changed = " or ".join(checks + _module_checks(norms, standard, guests, names))
+        source += second + template.format(input=arguments, changed=changed, call=call)
     absent = {name for read in reads for name in read.absent}
     attributes = frozenset(vars(block).keys() - MODULE_ATTRIBUTES - {"_fusedres_stale"} | absent)
     calls = merge_calls(*(form.folded.calls for form in forms))
     return Code(
-        source, _used(source, names), *(tuple(sorted(group)) for group in (*folded, guests)),
+        source, _used(source, names), tuple(sorted(norms)), tuple(sorted(standard.items())),
+        tuple(sorted(sequences.items())), tuple(sorted(guests)),
         children=len(block._modules), attributes=attributes, calls=calls, chain=merge_chains(*forms),
     )  # fmt: skip
+
+
+def _seconds(forms: tuple[Forms, Forms], asked: bool) -> Iterator[tuple[str, str, str, list[Joined]]]:
+    """The other forwards that the forms have in both modes: text, name, further parameters, and graphs."""
+    paired = [form.paired for form in forms if form.paired is not None]
+    if len(paired) == 2:
+        yield _OPERANDS, "operands", "_fusedres_residual", paired
+    forked = [form.forked for form in forms if form.forked is not None]
+    if len(forked) == 2 and asked:
+        yield _BRANCHES, "branches", "_fusedres_fork, _fusedres_ends", forked
 
 
 def check_source(code: Code) -> None:
@@ -196,8 +208,14 @@ def _literal_checks(reads: tuple[Reads, ...]) -> list[str]:
     return [f"self.{name} != {literal}" for name, literal in literals]
 
 
-def _module_checks(folded: list[set[str]], guests: set[str]) -> list[str]:
-    changed = f"_is_changed({', '.join(map(_paths, folded))})"
+def _module_checks(
+    norms: set[str], standard: dict[str, type[nn.Module]], guests: set[str], names: dict[str, Any]
+) -> list[str]:
+    """What tells that a folded module is not what it was; ``names`` gets the classes."""
+    classes = {path: f"_fusedres_{kind.__name__}" for path, kind in sorted(standard.items())}
+    names.update({classes[path]: kind for path, kind in standard.items()})
+    kinds = "".join(f"{name}, " for name in classes.values())
+    changed = f"_is_changed({_paths(norms)}, {_paths(set(classes))}, ({kinds}))"
     return [changed, f"_is_open({_paths(guests)})"] if guests else [changed]
 
 
@@ -241,10 +259,15 @@ def is_intact(block: FusedBlock) -> bool:
     assert isinstance(block, nn.Module)
     children = dict(block.named_modules(remove_duplicate=False))
     code = block._fusedres_code
-    if block._fusedres_stale or any(path not in children for paths in (*code.folded, code.guests) for path in paths):
+    paths = (code.norms, tuple(path for path, _ in code.standard), code.guests)
+    if block._fusedres_stale or any(path not in children for group in paths for path in group):
         return False
-    *folded, guests = (tuple(children[path] for path in paths) for paths in (*code.folded, code.guests))
-    return len(block._modules) == code.children and not is_changed(*folded) and not is_open(guests)
+    if any(is_resized(children.get(path), size) for path, size in code.sequences):
+        return False
+    norms, standard, guests = (tuple(children[path] for path in group) for group in paths)
+    if len(block._modules) != code.children or is_open(guests):
+        return False
+    return not is_changed(norms, standard, tuple(kind for _, kind in code.standard))
 
 
 @functools.cache
@@ -255,10 +278,7 @@ def _fused_class(original: type[nn.Module], code: Code) -> type[nn.Module]:
         "_fusedres_code": code,
         **_compile(original, code),
     }
-    fused = types.new_class(original.__name__, (FusedBlock, original), {}, lambda body: body.update(attributes))
-    if "_fusedres_operands" in vars(fused):
-        fused._fusedres_chained = fused  # pyright: ignore[reportAttributeAccessIssue]
-    return fused
+    return types.new_class(original.__name__, (FusedBlock, original), {}, lambda body: body.update(attributes))
 
 
 def _compile(original: type[nn.Module], code: Code) -> dict[str, Callable[..., Any]]:
@@ -275,6 +295,8 @@ def _compile(original: type[nn.Module], code: Code) -> dict[str, Callable[..., A
         "_original": original.forward,
         "_is_changed": is_changed,
         "_is_open": is_open,
+        "_is_resized": is_resized,
+        "_end": end,
         "_total": total,
     }
     exec(compile(code.source, filename, "exec"), names)
@@ -282,7 +304,7 @@ def _compile(original: type[nn.Module], code: Code) -> dict[str, Callable[..., A
     forward.__module__, forward.__qualname__ = original.__module__, f"{original.__qualname__}.forward"
     forward.__doc__ = original.forward.__doc__
     forward.__signature__ = inspect.signature(original.forward)
-    return {name: names[name] for name in ("forward", "_fusedres_operands") if name in names}
+    return {name: names[name] for name in ("forward", "_fusedres_operands", SECOND_FORWARD) if name in names}
 
 
 def _paths(targets: set[str]) -> str:

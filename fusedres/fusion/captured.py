@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusedres.fusion.forks import fork
 from fusedres.fusion.joins import join
+from fusedres.fusion.options import Options
 from fusedres.fusion.patterns import rewrite
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import batch_norm, is_plain
@@ -42,8 +44,10 @@ def fuse_captured(graph_module: fx.GraphModule) -> list[Call]:
     graph = graph_module.graph
     boundaries = _separate(graph)
     lifted = _Lifted(graph_module)
-    folded = rewrite(graph_module, graph, lambda module: None)
-    join(graph_module, graph, folded, {}, lambda module: True)
+    options = Options()
+    folded = rewrite(graph_module, graph, lambda module: None, options)
+    joined = join(graph_module, graph, folded, {}, lambda module: True, options)
+    fork(graph_module, joined, {}, lambda module: True, options)
     lifted.lower()
     for node in boundaries:
         node.replace_all_uses_with(node.all_input_nodes[0])

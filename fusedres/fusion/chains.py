@@ -19,6 +19,25 @@ from fusedres.fusion.pairs import is_apart
 
 
 @dataclass(frozen=True)
+class Forks:
+    """How a block ends the values that it makes (see :mod:`fusedres.fusion.forks`). BatchNorms go by their paths too.
+
+    Attributes:
+        takes: whether two readers of its input may have a name each.
+        gives: what makes the output, and can end it as it is asked; ``None`` where nothing can.
+        pools: whether that can be by averaging.
+        links: what in the forward makes which value, and how that ends.
+        asks: the children of which a second forward is called.
+    """
+
+    takes: bool = False
+    gives: str | None = None
+    pools: bool = False
+    links: tuple[tuple[str, str], ...] = ()
+    asks: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Chain:
     """How a block passes pairs on. Children and BatchNorms go by their paths; ``""`` is an addition of the block's own.
 
@@ -26,14 +45,44 @@ class Chain:
         takes: what adds the residual to the block's input; ``None`` where it is added before the block begins.
         gives: whose summands are the output; ``None`` where the output is no pair.
         links: from what to what pairs are passed inside of the block.
+        forks: what it does with other values.
     """
 
     takes: str | None = None
     gives: str | None = None
     links: tuple[tuple[str, str], ...] = ()
+    forks: Forks = Forks()
 
 
 NATIVE = Chain(takes="bn1", gives="")  # the blocks of fusedres.nn
+
+
+def merge_forks(training: Forks, evaluation: Forks) -> Forks:
+    """What holds in both modes."""
+    gives = training.gives if training.gives == evaluation.gives else None
+    return Forks(
+        training.takes and evaluation.takes,
+        gives,
+        gives is not None and training.pools and evaluation.pools,
+        tuple(link for link in training.links if link in evaluation.links),
+        training.asks | evaluation.asks,
+    )
+
+
+def norms_by_end(chains: Mapping[nn.Module, Chain]) -> dict[nn.Module, str]:
+    """The BatchNorms that end values otherwise than by writing them once, where nobody watches the blocks around."""
+
+    def made_by(block: nn.Module, path: str) -> nn.Module | None:
+        part = block.get_submodule(path)
+        if isinstance(part, _BatchNorm):
+            return part
+        chain = chains.get(part)
+        if chain is None or chain.forks.gives is None or is_apart(part):
+            return None
+        return made_by(part, chain.forks.gives)
+
+    found = {made_by(block, path): kind for block, chain in chains.items() for path, kind in chain.forks.links}
+    return {norm: kind for norm, kind in found.items() if norm is not None}
 
 
 def norms_that_add(chains: Mapping[nn.Module, Chain]) -> set[nn.Module]:

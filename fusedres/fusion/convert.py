@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import TypeVar
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from fusedres.fusion.blocks import FusedBlock, install
 from fusedres.fusion.derived import original_class
 from fusedres.fusion.foreign import TakenNorm, is_timms, take
+from fusedres.fusion.options import make_options
 from fusedres.fusion.plan import Filter, make_plans, swap_refusal, walk
 from fusedres.nn import OWN_NORMS, SyncBatchNormAct, as_batch_norm_act
 
@@ -17,7 +19,13 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _TAKEN = "_fusedres_taken"
 
 
-def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
+def fuse(
+    model: ModuleT,
+    filter_fn: Filter | None = None,
+    *,
+    disable: Collection[str] = (),
+    save: str = "activations",
+) -> ModuleT:
     """Fuse BatchNorm, or LayerNorm and Linear, with residual additions and ReLU in every block of ``model``, in place.
 
     Each ``nn.BatchNorm2d`` becomes a :class:`fusedres.nn.BatchNormAct2d`, the same object with the same tensors and
@@ -29,7 +37,13 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
     results up to rounding; a forward that cannot be traced, or depends on state that cannot be watched, is left alone,
     and :func:`explain` says why. A block runs its original forward when one of its folded modules has been replaced,
     patched or hooked, one of its own attributes set to another value, or an optional argument is passed. Fusing a fused
-    model again changes nothing.
+    model again, with the same arguments, changes nothing.
+
+    Beyond a layer: the BatchNorm and ReLU of a stem with the maximum pooling behind them (``"stem"``); both BatchNorms
+    of a projection block (``"join"``); the two gradients that meet at a block's output, added in the reduction of its
+    BatchNorm (``"fork"``); the last BatchNorm, addition and ReLU with global average pooling (``"head"``); the sums of
+    pre-activation networks (``"preact"``). In a network that spans several modules, and where somebody watches one of
+    those in between, or it is called alone, what would have passed through it is not fused.
 
     Not watched, and as they were when ``fuse`` was called: numbers, strings and functions that a forward reads from
     its class or its Python module, the length of an ``nn.ModuleList``, and what it learns by calling functions of
@@ -39,11 +53,18 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
         model: any module.
         filter_fn: called with each module and its qualified name; where it returns ``False``, that BatchNorm, Linear
             or LayerNorm, or that block's own forward, is left alone.
+        disable: fusions to leave out, of ``"stem"``, ``"join"``, ``"fork"``, ``"head"``, ``"preact"`` and ``"linear"``
+            (LayerNorm and Linear).
+        save: ``"recompute"`` keeps the input of a BatchNorm, not the output of its ReLU, where that feeds one
+            convolution, whose backward computes it again: less memory for one more read and write of it.
 
     Returns:
         ``model`` itself.
+
+    Raises:
+        ValueError: an unknown name in ``disable``, or an unknown ``save``.
     """
-    plans = make_plans(model, filter_fn)
+    plans = make_plans(model, filter_fn, make_options(disable, save))
     norms = [(name, norm) for name, norm in walk(model) if _may_be_taken(norm)]
     for name, norm in norms:
         if swap_refusal(norm) is None and (filter_fn is None or filter_fn(norm, name)):

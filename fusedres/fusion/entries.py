@@ -12,13 +12,14 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.blocks import FusedBlock, is_intact
-from fusedres.fusion.chains import Chain, norms_that_add
+from fusedres.fusion.chains import Chain, norms_by_end, norms_that_add
 from fusedres.fusion.convert import is_taken
 from fusedres.fusion.foreign import foreign_pattern, is_timms
 from fusedres.fusion.pairs import is_native
 from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, sealed, walk
 from fusedres.fusion.reads import mentions
 from fusedres.fusion.rewriting import Call
+from fusedres.fusion.runtime import FORK, POOL
 from fusedres.nn import BatchNormAct2d
 
 
@@ -65,8 +66,12 @@ def unfused(call: Call) -> str:
 
 
 def _calls(plans: list[Plan], names: dict[nn.Module, str], fused: bool) -> Iterator[Entry]:
-    adding = norms_that_add(_current_chains(plans, fused))
+    chains = _current_chains(plans, fused)
+    adding, ends = norms_that_add(chains), norms_by_end(chains)
+    inlined = {plan.block.get_submodule(path) for plan in plans for path, _ in _current_sequences(plan, fused)}
     for plan in plans:
+        if plan.block in inlined:  # its calls are its parent's
+            continue
         children = dict(plan.block.named_modules(remove_duplicate=False))
         calls = _current_calls(plan, fused)
         paths = [call.module for call in calls if call.pattern != "print"]
@@ -76,6 +81,10 @@ def _calls(plans: list[Plan], names: dict[nn.Module, str], fused: bool) -> Itera
             if module in adding and call.pattern in ("bn", "bn_act"):
                 adding.remove(module)  # by the first of its calls
                 call = replace(call, pattern=f"add_{call.pattern}")
+            if ends.get(module) == POOL and call.pattern in ("bn_add_act", "bn_act", "bn_add", "bn"):
+                call = replace(call, pattern=f"{call.pattern}_avgpool")
+            elif ends.get(module) == FORK:
+                call = replace(call, forks=True)
             place = 0 if call.pattern == "print" else next(places[call.module])
             yield Entry(names.get(module, call.module), call, module, plan.block, place, paths.count(call.module))
 
@@ -159,6 +168,14 @@ def _current_chains(plans: list[Plan], fused: bool) -> dict[nn.Module, Chain]:
         if chain is not None:
             chains[block] = chain
     return chains
+
+
+def _current_sequences(plan: Plan, fused: bool) -> tuple[tuple[str, int], ...]:
+    """The nn.Sequential whose children the block calls itself, or would."""
+    block = plan.block
+    if not fused:
+        return () if plan.code is None else plan.code.sequences
+    return block._fusedres_code.sequences if isinstance(block, FusedBlock) and is_intact(block) else ()
 
 
 def _is_own(plan: Plan, call: Call) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.fusion.derived import Derived, disguise
-from fusedres.nn.batch_norm import batch_norm_state
+from fusedres.nn import batch_norm_state
 
 torch.fx.wrap("batch_norm_act")  # one call in a symbolic trace, as in BatchNormAct2d
 _CLASS = ("timm.layers.norm_act", "BatchNormAct2d")

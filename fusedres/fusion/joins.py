@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.fusion.chains import Chain
+from fusedres.fusion.chains import Chain, Forks, merge_forks
+from fusedres.fusion.guests import guests
+from fusedres.fusion.options import Options
 from fusedres.fusion.pairs import add_norm, joined, operands, pair, total
-from fusedres.fusion.rewriting import Call, Rewritten, addition
+from fusedres.fusion.rewriting import Call, Rewritten, addition, with_inputs
 from fusedres.fusion.values import Values, between
 
 _IN_PLACE = (operator.iadd, "add_", "__iadd__")
-_HARMLESS_ATTRIBUTES = ("dtype", "layout", "is_cuda", "requires_grad")
 
 
 @dataclass
@@ -29,14 +30,17 @@ class Joined:
 
     Attributes:
         graph: of the forward.
-        norms: the BatchNorms that add.
-        guests: the children that are called with a sum which user code must not reach: its gradient lacks what comes
-            from the BatchNorm, for that is added when the gradient goes on to the summands.
+        norms: the BatchNorms that add, or end a value as its readers need.
+        standard: PyTorch's modules that are not called any more, with their classes.
+        guests: the children that are called with a value which user code must not reach. The gradient of a sum lacks
+            what comes from the BatchNorm, for that is added when the gradient goes on to the summands; the gradient of
+            one of two names lacks what comes from the other.
         chain: see :class:`Chain`.
     """
 
     graph: fx.Graph
     norms: set[str] = field(default_factory=set)
+    standard: dict[str, type[nn.Module]] = field(default_factory=dict)
     guests: set[str] = field(default_factory=set)
     chain: Chain = field(default_factory=Chain)
 
@@ -49,16 +53,19 @@ class Forms:
         folded: the patterns of a single BatchNorm, and a row for each call of one.
         forward: the forward.
         paired: the forward that takes and gives pairs, where it can do either.
+        forked: the forward that takes its input under two names and ends as it is asked, where it can do either.
     """
 
     folded: Rewritten
     forward: Joined
     paired: Joined | None
+    forked: Joined | None = None
 
     def is_rewritten(self, native: bool) -> bool:
         """Whether there is anything that the block cannot do; a ``native`` one takes and gives pairs."""
         forward = self.forward
-        return bool(self.folded.is_changed or forward.norms or forward.chain.links or (self.paired and not native))
+        links = forward.chain.links or forward.chain.forks.links
+        return bool(self.folded.is_changed or forward.norms or links or (self.paired and not native))
 
 
 def join(
@@ -67,6 +74,7 @@ def join(
     folded: Rewritten,
     chains: Mapping[nn.Module, Chain],
     fusable: Callable[[nn.Module], bool],
+    options: Options,
 ) -> Forms:
     """Join additions and BatchNorms of ``graph`` in place, and update the rows of ``folded``.
 
@@ -76,8 +84,11 @@ def join(
         folded: what was folded.
         chains: how the blocks below ``block`` pass pairs on.
         fusable: whether the call of a BatchNorm may be replaced.
+        options: whether to.
     """
-    second = _with_residual(graph)
+    if not options.allows("preact"):
+        return Forms(folded, Joined(graph), None)
+    second = with_inputs(graph, "_fusedres_residual")
     forward = _Joiner(block, graph, chains, fusable).run(folded.calls)
     if second is None:
         return Forms(folded, forward, None)
@@ -91,19 +102,14 @@ def merge_chains(training: Forms, evaluation: Forms) -> Chain:
     ends = {(form.paired.chain.takes, form.paired.chain.gives) for form in (training, evaluation) if form.paired}
     takes, gives = ends.pop() if training.paired and evaluation.paired and len(ends) == 1 else (None, None)
     links = evaluation.forward.chain.links
-    return Chain(takes, gives, tuple(link for link in training.forward.chain.links if link in links))
+    forks = merge_forks(*(_forks(form) for form in (training, evaluation)))
+    return Chain(takes, gives, tuple(link for link in training.forward.chain.links if link in links), forks)
 
 
-def _with_residual(graph: fx.Graph) -> fx.Graph | None:
-    """A copy with a second input, ``residual``, that nothing reads yet; ``None`` where the graph has not one input."""
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    inputs = [node for node in copy.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        return None
-    with copy.inserting_after(inputs[0]):
-        copy.placeholder("_fusedres_residual")
-    return copy
+def _forks(form: Forms) -> Forks:
+    """Of both forwards."""
+    first = form.forward.chain.forks
+    return first if form.forked is None else replace(form.forked.chain.forks, links=first.links)
 
 
 def _has_one_input(node: fx.Node) -> bool:
@@ -228,10 +234,10 @@ class _Joiner:
         users = sorted(user for user in value.users if not self.values.reads_metadata(user))
         for user in users:
             if self._is_norm(user, value):
-                guests = self._guests(value, user) if self._can_run_at(user, value) else None
-                if guests is None:
+                called = guests(self.values, value, user) if self._can_run_at(user, value) else None
+                if called is None:
                     return None
-                self.result.guests |= guests
+                self.result.guests |= called
                 return user
         if len(users) == 1 and users[0].op == "call_module" and users[0].args == (value,):
             chain = self._chain(users[0])
@@ -266,33 +272,6 @@ class _Joiner:
             return False
         parts = addition(value) or [value]
         return not any(self.values.may_change_between(part, value, reader) for part in parts)
-
-    def _guests(self, value: fx.Node, norm: fx.Node) -> set[str] | None:
-        """The children besides ``norm`` that are called with ``value``; ``None`` if user code may reach it."""
-        guests: set[str] = set()
-        seen: set[fx.Node] = set()
-        pending = [value]
-        while pending:
-            value = pending.pop()
-            for user in set(value.users) - {norm} - seen:
-                if self.values.reads_metadata(user) or self.values.only_prints(user):
-                    continue
-                if addition(user) and addition(user)[0] is not value:
-                    continue  # if anything, it changes its first operand
-                seen.add(user)
-                if user.op == "output" or self.values.mutates(user) or not self._keeps_to_itself(user):
-                    return None
-                if user.op == "call_module":
-                    guests.add(str(user.target))
-                if not self.values.is_fresh(user):  # perhaps the same tensor
-                    pending.append(user)
-        return guests
-
-    def _keeps_to_itself(self, node: fx.Node) -> bool:
-        """Whether ``node`` neither hands its input to user code nor asks for its gradient."""
-        if node.op == "call_function" and node.target is getattr:
-            return node.args[1] in _HARMLESS_ATTRIBUTES
-        return node.op == "call_module" or self.values.is_pure(node)
 
     def _split(self, value: fx.Node) -> tuple[fx.Node, fx.Node]:
         """The two parts of the pair that ``value`` becomes."""

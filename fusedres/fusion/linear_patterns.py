@@ -255,9 +255,8 @@ class _LinearRewriter(Rewriter):
 
     def _note(self, norm: _Layer, linear: _Layer, act: fx.Node | None) -> None:
         self.result.is_changed = True
-        self.result.layer_norms |= {norm.path} - {""}
-        self.result.linears |= {linear.path} - {""}
-        self.note_act(act)
+        for node in (norm.node, linear.node, act):
+            self.note(node)
 
 
 def _bind(node: fx.Node, **parameters: Any) -> list[Any]:

@@ -49,7 +49,7 @@ def operands(block: nn.Module, input: Tensor, residual: Tensor | None = None) ->
     """``block(input + residual)`` as a pair; called as usual where it has none to give or somebody would notice."""
     # A tracer of another library's asks for the modules that are called.
     if isinstance(input, Tensor):
-        if is_chained(block):
+        if is_chained(block, "_fusedres_operands"):
             return block._fusedres_operands(input, residual)  # pyright: ignore[reportCallIssue]
         if is_native(block):
             return pair(*block.operands(input, residual))  # pyright: ignore[reportCallIssue]
@@ -81,10 +81,10 @@ def _is_single(norm: nn.BatchNorm2d | BatchNormState) -> bool:
     return all(vector is None or vector.dtype == torch.float32 for vector in vectors)
 
 
-def is_chained(block: nn.Module) -> bool:
-    """Whether a call of ``block`` would run the forward that ``fuse`` gave it, and nothing else."""
+def is_chained(block: nn.Module, forward: str) -> bool:
+    """Whether ``block`` has the second ``forward``, and its call would run the first that ``fuse`` gave it, alone."""
     return (
-        getattr(type(block), "_fusedres_chained", None) is type(block)  # no class that was derived from it since
+        forward in type(block).__dict__  # of no class that was derived from it since
         and not is_apart(block)
         and not _has_any_global_hook()
     )
@@ -92,7 +92,7 @@ def is_chained(block: nn.Module) -> bool:
 
 def is_native(block: nn.Module) -> bool:
     """Whether ``block`` is one of :mod:`fusedres.nn` that has an ``operands`` of its own, with nobody watching."""
-    return type(block) in _NATIVE and not is_apart(block) and not is_changed((block._modules.get("bn1"),), ())
+    return type(block) in _NATIVE and not is_apart(block) and not is_changed((block._modules.get("bn1"),))
 
 
 def is_apart(block: nn.Module) -> bool:

@@ -14,10 +14,12 @@ from fusedres.fusion.blocks import Code, FusedBlock, check_source, generate, mer
 from fusedres.fusion.chains import NATIVE, Chain
 from fusedres.fusion.derived import original_class
 from fusedres.fusion.foreign import is_foreign, is_timms
-from fusedres.fusion.joins import Forms, Joined, join
+from fusedres.fusion.forks import fork
+from fusedres.fusion.joins import Forms, Joined, join, merge_chains
+from fusedres.fusion.options import Options
 from fusedres.fusion.pairs import is_native
 from fusedres.fusion.patterns import rewrite
-from fusedres.fusion.reads import UntraceableError, mentions
+from fusedres.fusion.reads import Reads, UntraceableError, mentions
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import is_hooked, is_plain
 from fusedres.fusion.tracing import trace
@@ -44,30 +46,44 @@ class Plan:
     chain: Chain | None = None
 
 
-def make_plans(model: nn.Module, filter_fn: Filter | None = None) -> list[Plan]:
+@dataclass(frozen=True)
+class _Traced:
+    """What became of a block's forwards, before anything is generated."""
+
+    forms: tuple[Forms, Forms]
+    reads: tuple[Reads, ...]
+    chain: Chain
+
+
+def make_plans(model: nn.Module, filter_fn: Filter | None = None, options: Options | None = None) -> list[Plan]:
     """A plan for each module of ``model`` that has a forward of its own and a pattern's layers in or below it."""
     refused = set()
     if filter_fn is not None:
         refused = {module for name, module in walk(model) if not filter_fn(module, name)}
     names = {block: name for name, block in walk(model) if _has_forward(block) and _has_layers(block)}
-    plans: dict[nn.Module, Plan] = {}
+    found: dict[nn.Module, _Traced | Plan] = {}
     chains: dict[nn.Module, Chain] = {}
     visited = {model}
 
     def visit(block: nn.Module) -> None:
-        """Children first, for their parents pass pairs on between them."""
+        """Children first, for their parents pass values on between them."""
         for part in block.children():
             if part not in visited:
                 visited.add(part)
                 visit(part)
         if block in names:
-            plan = plans[block] = _make_plan(names[block], block, refused, chains)
-            if plan.chain is not None:
-                chains[block] = plan.chain
+            traced = found[block] = _trace(names[block], block, refused, chains, options or Options())
+            if isinstance(traced, _Traced):
+                chains[block] = traced.chain
 
     with original_classes(model):
         visit(model)
-    return [plans[block] for block in names]
+        asked = _asked(list(names), found)
+        return [
+            traced if isinstance(traced, Plan) else _make_plan(name, block, traced, block in asked)
+            for block, name in names.items()
+            for traced in (found[block],)
+        ]
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -118,21 +134,28 @@ def own_layers(block: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _make_plan(name: str, block: nn.Module, refused: set[nn.Module], chains: dict[nn.Module, Chain]) -> Plan:
+def _trace(
+    name: str, block: nn.Module, refused: set[nn.Module], chains: dict[nn.Module, Chain], options: Options
+) -> _Traced | Plan:
+    """The forms of ``block`` in both modes; a plan where there is nothing to trace, or no way to."""
+
     def refusal(module: nn.Module) -> str | None:
         if module in refused:
             return "filter_fn"
-        reason = swap_refusal(module) if isinstance(module, _BatchNorm) else layer_refusal(module)
+        if isinstance(module, nn.Sequential):
+            reason = sealed(module)
+        else:
+            reason = swap_refusal(module) if isinstance(module, _BatchNorm) else layer_refusal(module)
         return reason or ("it has hooks" if is_hooked(module) else None)
 
     def fusable(norm: nn.Module) -> bool:
         return refusal(norm) is None and (is_foreign(norm) or not is_timms(norm))
 
     def forms(graph: fx.Graph) -> Forms:
-        folded = rewrite(block, graph, refusal)
+        folded = rewrite(block, graph, refusal, options)
         if not _has_batch_norm(block):
             return Forms(folded, Joined(graph), None)
-        return join(block, graph, folded, chains, fusable)
+        return fork(block, join(block, graph, folded, chains, fusable, options), chains, fusable, options)
 
     if type(block) in OWN_BLOCKS:
         return Plan(name, block, (replace(OWN_BLOCKS[type(block)], acts=getattr(block, "act", None) is not None),))
@@ -142,15 +165,39 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module], chains: dic
     try:
         (training, *reads), (evaluation, *others) = (trace(block, mode) for mode in (True, False))
         both = forms(training), forms(evaluation)
-        native = is_native(block)  # knows what a second forward would
-        if any(form.is_rewritten(native) for form in both):
-            code = generate(block, both, (*reads, *others))
-            check_source(code)
-            return Plan(name, block, code.calls, code, chain=code.chain)
-        calls = merge_calls(both[0].folded.calls, both[1].folded.calls)
-        return Plan(name, block, calls, chain=NATIVE if native else None)
     except UntraceableError as error:
         return Plan(name, block, reason=str(error))
+    return _Traced(both, (*reads, *others), merge_chains(*both))
+
+
+def _asked(blocks: list[nn.Module], found: dict[nn.Module, _Traced | Plan]) -> set[nn.Module]:
+    """The blocks of which others call the forked form; parents come first in ``blocks``."""
+    asked: set[nn.Module] = set()
+    pending = list(blocks)
+    while pending:
+        block = pending.pop(0)
+        traced = found.get(block)
+        if not isinstance(traced, _Traced):
+            continue
+        called = [form.forward.chain.forks.asks for form in traced.forms]
+        called += [form.forked.chain.forks.asks for form in traced.forms if form.forked and block in asked]
+        parts = {block.get_submodule(path) for paths in called for path in paths} - asked
+        asked |= parts
+        pending += parts
+    return asked
+
+
+def _make_plan(name: str, block: nn.Module, traced: _Traced, asked: bool) -> Plan:
+    both, native = traced.forms, is_native(block)  # a native one knows what a second forward would
+    if not asked and not any(form.is_rewritten(native) for form in both):
+        calls = merge_calls(both[0].folded.calls, both[1].folded.calls)
+        return Plan(name, block, calls, chain=NATIVE if native else None)
+    try:
+        code = generate(block, both, traced.reads, asked)
+        check_source(code)
+    except UntraceableError as error:
+        return Plan(name, block, reason=str(error))
+    return Plan(name, block, code.calls, code, chain=code.chain)
 
 
 def _has_forward(block: nn.Module) -> bool:

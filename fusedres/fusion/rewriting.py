@@ -25,7 +25,9 @@ class Call:
     """One call of a normalisation, or one print that the fusion drops.
 
     ``module`` is the path inside the block, or empty for the block itself: prints, and functional forms. ``acts`` and
-    ``adds`` say what goes with a LayerNorm and a Linear, where the pattern's name does not.
+    ``adds`` say what goes with a LayerNorm and a Linear, where the pattern's name does not. ``partner`` is the path of
+    the other BatchNorm of a projection join; ``recomputes`` is whether the backward computes the output again, and
+    ``forks`` whether it adds the gradients of two readers.
     """
 
     module: str
@@ -33,21 +35,24 @@ class Call:
     reason: str = ""
     acts: bool = False
     adds: bool = False
+    partner: str = ""
+    recomputes: bool = False
+    forks: bool = False
 
 
 @dataclass
 class Rewritten:
     """What was folded: a row for every call that is reported, and the modules no longer called as they were.
 
-    ``is_changed`` is whether anything was: functional forms have no module to name.
+    ``norms`` are the BatchNorms, ``standard`` PyTorch's other modules with their classes, ``sequences`` the
+    nn.Sequential whose children are called in their place, with their number. ``is_changed`` is whether anything was
+    folded: functional forms have no module to name.
     """
 
     calls: list[Call] = field(default_factory=list)
     norms: set[str] = field(default_factory=set)
-    acts: set[str] = field(default_factory=set)
-    linears: set[str] = field(default_factory=set)
-    layer_norms: set[str] = field(default_factory=set)
-    identities: set[str] = field(default_factory=set)
+    standard: dict[str, type[nn.Module]] = field(default_factory=dict)
+    sequences: dict[str, int] = field(default_factory=dict)
     is_changed: bool = False
 
 
@@ -136,10 +141,11 @@ class Rewriter:
             return isinstance(module, nn.ReLU) and module.inplace
         return node.target is F.relu and (True in node.args[1:] or node.kwargs.get("inplace") is True)
 
-    def note_act(self, act: fx.Node | None) -> None:
-        """``act`` is folded: as a module, it is no longer called."""
-        if act is not None and act.op == "call_module":
-            self.result.acts.add(str(act.target))
+    def note(self, node: fx.Node | None) -> None:
+        """``node`` is folded: as a module, it is no longer called."""
+        module = None if node is None else self.values.module(node)
+        if node is not None and module is not None:
+            self.result.standard[str(node.target)] = type(module)
 
     def drop_prints(self, name: str, removed: list[fx.Node]) -> None:
         """Drop the prints that show the values of ``removed``, and what is computed for them alone."""
@@ -184,7 +190,21 @@ class Rewriter:
     def skip(self, node: fx.Node) -> None:
         """Note that ``node`` is not called any more, if it is an nn.Identity."""
         if is_standard(self.values.module(node), nn.Identity):
-            self.result.identities.add(str(node.target))
+            self.note(node)
+
+
+def with_inputs(graph: fx.Graph, *names: str) -> fx.Graph | None:
+    """A copy with inputs more, that nothing reads yet; ``None`` where the graph has not one input."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    inputs = [node for node in copy.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        return None
+    last = inputs[0]
+    for name in names:
+        with copy.inserting_after(last):
+            last = copy.placeholder(name)
+    return copy
 
 
 def addition(node: fx.Node) -> list[Any]:

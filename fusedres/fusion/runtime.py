@@ -16,16 +16,27 @@ from fusedres.functional import (
     BatchNormState,
     autocasts,
     batch_norm_act,
+    batch_norm_act_conv2d,
+    batch_norm_act_global_avg_pool2d,
+    batch_norm_act_max_pool2d,
+    batch_norm_add_batch_norm_act,
+    forked_batch_norm_act,
+    forked_batch_norm_act_max_pool2d,
+    forked_batch_norm_add_batch_norm_act,
     layer_norm_linear_act,
     linear_layer_norm_act,
 )
 from fusedres.fusion.foreign import is_foreign
-from fusedres.nn import OWN_NORMS, BatchNormAct2d
+from fusedres.nn import OWN_NORMS, BatchNormAct2d, batch_norm_state
 
 # A layer is a module, whose tensors are read at each call, or what its function takes after the input.
 BatchNorm: TypeAlias = "BatchNormAct2d | BatchNormState"
 Linear: TypeAlias = "nn.Linear | tuple[Tensor, Tensor | None]"
 LayerNorm: TypeAlias = "nn.LayerNorm | tuple[Sequence[int], Tensor | None, Tensor | None, float]"
+MaxPool: TypeAlias = "nn.MaxPool2d | tuple[Any, ...]"  # kernel_size, stride, padding, dilation, ceil_mode
+Ended: TypeAlias = "tuple[Tensor, Tensor | None]"
+FORK, POOL = "fork", "pool"  # how a value ends, see end()
+OWN_ACT = "own"  # the activation of the BatchNormAct2d that is called
 
 
 def batch_norm(input: Tensor, norm: BatchNormState, act: str | None = None, residual: Tensor | None = None) -> Tensor:
@@ -39,18 +50,88 @@ def norm_add(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, cha
     ``changes`` is the operand that the addition changed in place, ``"norm"`` or ``"residual"``, if any: its dtype
     is the result's.
     """
-    if (
-        isinstance(residual, Tensor)
-        and residual.shape == input.shape
-        and residual.device == input.device
-        and (residual.dtype == input.dtype or (changes is None and residual.is_floating_point()))
-    ):
-        if isinstance(norm, tuple):
-            return batch_norm(input, norm, act, residual)
-        # By keyword: a normalisation that knows neither raises.
-        return norm(input, residual=residual, act=act)
-    out = _add(batch_norm(input, norm) if isinstance(norm, tuple) else norm(input), residual, changes)
-    return torch.relu(out) if act == "relu" else out
+    return ended_norm(norm, input, residual, act, changes, None)[0]
+
+
+def norm_add_norm(
+    norm: BatchNorm, input: Tensor, other_norm: BatchNorm, other: Tensor, act: str | None, changes: str | None
+) -> Tensor:
+    """``act(norm(input) + other_norm(other))`` with eager's result; ``changes`` as in :func:`norm_add`."""
+    return ended_join(norm, input, other_norm, other, act, changes, None)[0]
+
+
+def norm_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool) -> Tensor:
+    """``pool(act(norm(input)))`` with eager's result."""
+    return ended_max_pool(norm, input, act, pool, None)[0]
+
+
+def norm_conv(norm: BatchNorm, input: Tensor, act: str | None, conv: nn.Conv2d) -> Tensor:
+    """``conv(act(norm(input)))``; the convolution's input is not kept for the backward but computed again."""
+    if not _is_plain(norm) or input.dim() != 4 or conv.padding_mode != "zeros":
+        return conv(_normalise(norm, input, None, act))
+    state = _state(norm, input)
+    return batch_norm_act_conv2d(
+        input, *state[:7], act=act, conv_weight=conv.weight, conv_bias=conv.bias, stride=conv.stride,
+        padding=conv.padding, dilation=conv.dilation, groups=conv.groups, num_batches_tracked=state[7],
+    )  # fmt: skip
+
+
+def ended_norm(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None, ends: Any) -> Ended:
+    """:func:`norm_add`, or without a residual ``act(norm(input))``, ended as ``ends`` says."""
+    if residual is not None and not _can_add(input, residual, changes):
+        out = _add(_normalise(norm, input, None, None), residual, changes)
+        return end(torch.relu(out) if _act(norm, act) == "relu" else out, ends)
+    if ends not in (FORK, POOL) or not _is_plain(norm) or (ends == POOL and input.dim() != 4):
+        return end(_normalise(norm, input, residual, act), ends)
+    state = _state(norm, input)
+    if ends == FORK:
+        return forked_batch_norm_act(input, state, residual=residual, act=_act(norm, act))
+    out = batch_norm_act_global_avg_pool2d(
+        input, *state[:7], residual=residual, act=_act(norm, act), num_batches_tracked=state[7]
+    )
+    return out, None
+
+
+def ended_join(
+    norm: BatchNorm,
+    input: Tensor,
+    other_norm: BatchNorm,
+    other: Tensor,
+    act: str | None,
+    changes: str | None,
+    ends: Any,
+) -> Ended:
+    """:func:`norm_add_norm`, ended as ``ends`` says."""
+    plain = _is_plain(norm) and _is_plain(other_norm)
+    if not plain or input.shape != other.shape or input.dtype != other.dtype or input.device != other.device:
+        return ended_norm(norm, input, _normalise(other_norm, other, None, None), act, changes, ends)
+    arguments = input, other, _state(norm, input), _state(other_norm, other)
+    if ends == FORK:
+        return forked_batch_norm_add_batch_norm_act(*arguments, act=_act(norm, act))
+    return end(batch_norm_add_batch_norm_act(*arguments, act=_act(norm, act)), ends)
+
+
+def ended_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool, ends: Any) -> Ended:
+    """:func:`norm_max_pool`, ended as ``ends`` says."""
+    indices = isinstance(pool, nn.MaxPool2d) and pool.return_indices
+    if not _is_plain(norm) or input.dim() != 4 or indices:
+        out = _normalise(norm, input, None, act)
+        return end(pool(out) if isinstance(pool, nn.MaxPool2d) else F.max_pool2d(out, *pool), ends)
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    given = tuple(getattr(pool, name) for name in names) if isinstance(pool, nn.MaxPool2d) else pool
+    window: Any = dict(zip(names, given, strict=True))
+    state = _state(norm, input)
+    if ends == FORK:
+        return forked_batch_norm_act_max_pool2d(input, state, act=_act(norm, act), **window)
+    out = batch_norm_act_max_pool2d(input, *state[:7], act=_act(norm, act), **window, num_batches_tracked=state[7])
+    return end(out, ends)
+
+
+def end(out: Tensor, ends: Any) -> Ended:
+    """``out`` as it is (``None``), under two names (``FORK``), averaged (``POOL``), or ``ends(out)``."""
+    if ends is None or ends == FORK:
+        return out, (out if ends == FORK else None)
+    return (F.adaptive_avg_pool2d(out, 1) if ends == POOL else ends(out)), None
 
 
 def norm_linear(input: Tensor, norm: LayerNorm, linear: Linear, act: str | None) -> Tensor:
@@ -103,30 +184,18 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
-def is_changed(
-    norms: tuple[Any, ...],
-    acts: tuple[Any, ...],
-    linears: tuple[Any, ...] = (),
-    layer_norms: tuple[Any, ...] = (),
-    identities: tuple[Any, ...] = (),
-) -> bool:
-    """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference."""
+def is_changed(norms: tuple[Any, ...], modules: tuple[Any, ...] = (), classes: tuple[type, ...] = ()) -> bool:
+    """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference.
+
+    ``classes`` are those that the ``modules`` had.
+    """
     for norm in norms:
         if type(norm) not in OWN_NORMS and not is_foreign(norm):
             return True
-    for act in acts:
-        if type(act) is not nn.ReLU:
+    for module, kind in zip(modules, classes, strict=True):
+        if type(module) is not kind:
             return True
-    for linear in linears:
-        if type(linear) is not nn.Linear:
-            return True
-    for norm in layer_norms:
-        if type(norm) is not nn.LayerNorm:
-            return True
-    for identity in identities:
-        if type(identity) is not nn.Identity:
-            return True
-    for module in norms + acts + linears + layer_norms + identities:
+    for module in norms + modules:
         if "forward" in module.__dict__:
             return True
         # In each forward of each block: is_hooked() without the call.
@@ -135,10 +204,54 @@ def is_changed(
     return bool(_has_any_global_hook())
 
 
+def is_resized(sequence: Any, size: int) -> bool:
+    """Whether ``sequence`` is no longer an nn.Sequential, fused or not, of so many modules, with nobody watching."""
+    kind = type(sequence)
+    return (
+        kind.__dict__.get("_fusedres_original", kind) is not nn.Sequential
+        or len(sequence._modules) != size
+        or "forward" in sequence.__dict__
+        or is_hooked(sequence)
+    )
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook would see ``module`` called, or not called."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain(norm: BatchNorm) -> bool:
+    """Whether the functions that span more than one layer take it; one that ranks share is on its own."""
+    return isinstance(norm, tuple) or type(norm) is BatchNormAct2d
+
+
+def _state(norm: BatchNorm, input: Tensor) -> BatchNormState:
+    return BatchNormState(*norm) if isinstance(norm, tuple) else BatchNormState(**batch_norm_state(norm, input))
+
+
+def _act(norm: BatchNorm, act: str | None) -> str | None:
+    return act if act != OWN_ACT else norm.act if isinstance(norm, BatchNormAct2d) else None
+
+
+def _normalise(norm: BatchNorm, input: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+    """``act(norm(input) + residual)`` by the layer's own function."""
+    if isinstance(norm, tuple):
+        return batch_norm(input, norm, act, residual)
+    # By keyword: a normalisation that knows neither raises.
+    given: dict[str, Any] = {} if residual is None else {"residual": residual}
+    if act != OWN_ACT and (act is not None or getattr(norm, "act", None) is not None):
+        given["act"] = act
+    return norm(input, **given)
+
+
+def _can_add(input: Tensor, residual: Any, changes: str | None) -> bool:
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.device == input.device
+        and (residual.dtype == input.dtype or (changes is None and residual.is_floating_point()))
     )
 
 

@@ -11,12 +11,24 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fusedres.fusion.foreign import is_foreign
-from fusedres.fusion.runtime import is_hooked, linear_norm, linear_norm_add, linear_shape, norm_add, norm_linear
+from fusedres.fusion.runtime import (
+    is_hooked,
+    linear_norm,
+    linear_norm_add,
+    linear_shape,
+    norm_add,
+    norm_add_norm,
+    norm_conv,
+    norm_linear,
+    norm_max_pool,
+)
 from fusedres.fusion.tracing import IN_PLACE_OPERATORS
 from fusedres.nn import OWN_NORMS
 
 _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
-_OWN_FUNCTIONS = {norm_add, norm_linear, linear_norm, linear_norm_add, linear_shape}
+_OWN_FUNCTIONS = {
+    norm_add, norm_add_norm, norm_max_pool, norm_conv, norm_linear, linear_norm, linear_norm_add, linear_shape,
+}  # fmt: skip
 _FRESH_FUNCTIONS = {
     *_OWN_FUNCTIONS, operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu,
     F.linear, F.layer_norm, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d,
@@ -41,6 +53,22 @@ def is_standard(module: object, *classes: type) -> bool:
         and module._compiled_call_impl is None
         and not is_hooked(module)
     )
+
+
+def max_pool_arguments(values: Values, node: fx.Node) -> tuple[Any, ...] | None:
+    """Kernel size, stride, padding, dilation and ceil_mode, where ``node`` is a maximum pooling without indices."""
+    module = values.module(node)
+    if is_standard(module, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs:
+        assert isinstance(module, nn.MaxPool2d)
+        shape = module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
+        return None if module.return_indices else shape
+    if node.op != "call_function" or node.target not in (F.max_pool2d, torch.max_pool2d):
+        return None
+    names = {"input": None, "kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+    given = names | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    shape = tuple(given[name] for name in list(names)[1:])
+    plain = len(node.all_input_nodes) == 1 and not given.get("return_indices") and len(node.args) <= len(names)
+    return shape if plain else None
 
 
 class Values:

@@ -1,6 +1,7 @@
 """Drop-in modules over :mod:`fusedres.functional`."""
 
 from fusedres.nn.batch_norm import BatchNormAct2d, as_batch_norm_act
+from fusedres.nn.batch_norm import batch_norm_state as batch_norm_state  # for fusion
 from fusedres.nn.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
 from fusedres.nn.linear import LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 from fusedres.nn.sync_batch_norm import OWN_NORMS, SyncBatchNormAct, convert_sync_batchnorm

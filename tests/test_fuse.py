@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -29,18 +30,19 @@ def user_built() -> nn.Module:
     return net(fusedres.nn.BasicBlock, [1, 1, 1, 1], num_classes=5)
 
 
-ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
-    "resnet18": (lambda: models.resnet18(num_classes=5, width=8), (2, 3, 40, 40), RESNET18),
-    "resnet34": (lambda: models.resnet34(num_classes=5, width=8), (2, 3, 40, 40), RESNET34),
-    "resnet50": (lambda: models.resnet50(num_classes=5, width=8), (2, 3, 40, 40), RESNET50),
-    "torchvision-resnet34": (torchvision_model("resnet34"), (2, 3, 40, 40), RESNET34),
-    "torchvision-resnet50": (torchvision_model("resnet50"), (2, 3, 40, 40), RESNET50),
-    "hand-resnet34": (lambda: zoo.hand_resnet34(zoo.ResBlock), (2, 3, 40, 40), RESNET34),
-    "hand-resnet34-shared-bn": (lambda: zoo.hand_resnet34(zoo.HandBlock), (2, 3, 40, 40), RESNET34),
-    "hand-resnet50": (zoo.hand_resnet50, (2, 3, 40, 40), RESNET50),
-    "projection": (lambda: zoo.ProjectionBlock(8, 16), (2, 8, 6, 6), {"bn_act": 1, "bn_add_act": 1, "bn": 1}),
-    "sequential": (zoo.SequentialNet, (2, 3, 6, 6), {"bn_act": 1, "bn": 3}),
-    "user-built": (user_built, (2, 3, 40, 40), {"bn_act": 5, "bn_add_act": 4, "bn": 3}),
+# What is in it: patterns of a layer, and those of them that larger ones take in: a stem, joins, a head.
+ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int], tuple[int, int, int]]] = {
+    "resnet18": (lambda: models.resnet18(num_classes=5, width=8), (2, 3, 40, 40), RESNET18, (1, 3, 1)),
+    "resnet34": (lambda: models.resnet34(num_classes=5, width=8), (2, 3, 40, 40), RESNET34, (1, 3, 1)),
+    "resnet50": (lambda: models.resnet50(num_classes=5, width=8), (2, 3, 40, 40), RESNET50, (1, 4, 1)),
+    "torchvision-resnet34": (torchvision_model("resnet34"), (2, 3, 40, 40), RESNET34, (1, 3, 1)),
+    "torchvision-resnet50": (torchvision_model("resnet50"), (2, 3, 40, 40), RESNET50, (1, 4, 1)),
+    "hand-resnet34": (lambda: zoo.hand_resnet34(zoo.ResBlock), (2, 3, 40, 40), RESNET34, (1, 3, 1)),
+    "hand-resnet34-shared-bn": (lambda: zoo.hand_resnet34(zoo.HandBlock), (2, 3, 40, 40), RESNET34, (1, 3, 1)),
+    "hand-resnet50": (zoo.hand_resnet50, (2, 3, 40, 40), RESNET50, (1, 4, 1)),
+    "projection": (lambda: zoo.ProjectionBlock(8, 16), (2, 8, 6, 6), {"bn_act": 1, "bn_add_act": 1, "bn": 1}, (0, 0, 0)),
+    "sequential": (zoo.SequentialNet, (2, 3, 6, 6), {"bn_act": 1, "bn": 3}, (0, 0, 0)),
+    "user-built": (user_built, (2, 3, 40, 40), {"bn_act": 5, "bn_add_act": 4, "bn": 3}, (1, 3, 0)),
 }  # fmt: skip
 
 
@@ -55,13 +57,19 @@ def _seed() -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_patterns_are_found_and_results_are_eagers(name):
-    build, shape, expected = ZOO[name]
+    build, shape, layers, (stems, joins, heads) = ZOO[name]
     model = randomise(build())
     reference = copy.deepcopy(model)
-    assert counts(model) == expected
+    found = Counter(layers)
+    found.subtract({"bn_act": stems, "bn": joins, "bn_add_act": joins + heads})
+    found.update({"bn_act_maxpool": stems, "bn_add_bn_act": joins, "bn_add_act_avgpool": heads})
+    assert counts(model) == +found
     assert fusedres.fuse(model) is model
-    assert counts(model) == expected
+    assert counts(model) == +found
     assert not plain_norms(model)
+    assert_same_steps(model, reference, images(*shape))
+    fusedres.fuse(model, disable={"stem", "join", "fork", "head"})
+    assert counts(model) == layers
     assert_same_steps(model, reference, images(*shape))
 
 
@@ -104,7 +112,7 @@ def test_blocks_keep_their_class_and_share_one():
 def test_state_dict_and_parameters_are_the_same():
     model = small()
     state = copy.deepcopy(model.state_dict())
-    parameters = list(model.parameters())
+    parameters, expected = list(model.parameters()), counts(model)
     fusedres.fuse(model)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert list(model.state_dict()) == list(state)
@@ -113,7 +121,7 @@ def test_state_dict_and_parameters_are_the_same():
     small().load_state_dict(model.state_dict())
     model.load_state_dict(small().state_dict())
     model.load_state_dict(small().state_dict(), assign=True)
-    assert counts(model)["bn_add_act"] == 5
+    assert counts(model) == expected
 
 
 def test_an_optimizer_made_before_still_trains():

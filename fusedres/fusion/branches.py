@@ -13,10 +13,10 @@ SECOND_FORWARD = "_fusedres_branches"
 
 
 def branches(block: nn.Module, input: Tensor, fork: Tensor | None, ends: Any) -> Ended:
-    """``block(input)``, ended as ``ends`` says; ``fork`` is a second name of ``input``, for its second reader."""
+    """``block(input)``, ended as ``ends`` says; ``fork``, if any, is the name of ``input`` for its second reader."""
     # A tracer of another library's asks for the modules that are called.
     if isinstance(input, Tensor) and is_chained(block, SECOND_FORWARD):
-        return block._fusedres_branches(input, fork, ends)  # pyright: ignore[reportCallIssue]
+        return block._fusedres_branches(input, input if fork is None else fork, ends)  # pyright: ignore[reportCallIssue]
     return end(block(input), ends)
 
 

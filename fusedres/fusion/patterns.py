@@ -141,7 +141,7 @@ class _BatchNormRewriter(Rewriter):
         return Call(str(norm.target), f"bn_add_bn{act}", partner=str(other.target))
 
     def _joined_norm(self, reader: fx.Node, value: Any) -> fx.Node | None:
-        """The BatchNorm whose result ``value`` is and that can run at ``reader``, which alone reads it."""
+        """The BatchNorm whose result ``value`` is and that can run at ``reader``; nobody else reads or prints it."""
         if not self.options.allows("join"):
             return None
         while isinstance(value, fx.Node) and is_standard(self.values.module(value), nn.Identity):
@@ -152,7 +152,8 @@ class _BatchNormRewriter(Rewriter):
         if self.refusal(module) is not None or getattr(module, "act", None) is not None:
             return None
         plain = len(value.args) == 1 and isinstance(value.args[0], fx.Node) and not value.kwargs
-        if not plain or self.chain(value).reader is not reader:
+        chain = self.chain(value)
+        if not plain or chain.reader is not reader or self.is_shown(chain.nodes):
             return None
         return value if self._can_wait(value, value.args[0], reader) else None
 

@@ -149,12 +149,7 @@ class Rewriter:
 
     def drop_prints(self, name: str, removed: list[fx.Node]) -> None:
         """Drop the prints that show the values of ``removed``, and what is computed for them alone."""
-        pending = [
-            user
-            for node in removed
-            for user in node.users
-            if self.values.only_prints(user) and not self.values.reads_metadata(user)
-        ]
+        pending = self._shows(removed)
         doomed: set[fx.Node] = set()
         while pending:
             node = pending.pop()
@@ -170,6 +165,15 @@ class Rewriter:
             inputs = node.all_input_nodes
             self.graph.erase_node(node)
             self._erase_dead(inputs)
+
+    def is_shown(self, nodes: list[fx.Node]) -> bool:
+        """Whether a print shows a value of ``nodes``."""
+        return bool(self._shows(nodes))
+
+    def _shows(self, nodes: list[fx.Node]) -> list[fx.Node]:
+        """The readers of ``nodes`` of which nothing but prints comes."""
+        users = (user for node in nodes for user in node.users)
+        return [user for user in users if self.values.only_prints(user) and not self.values.reads_metadata(user)]
 
     def _erase_dead(self, nodes: list[fx.Node]) -> None:
         for node in nodes:

@@ -17,6 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.pairs import is_apart
 
+# What makes a value: the path of a child, and of its calls which, counted from 0.
+Maker = tuple[str, int]
+
 
 @dataclass(frozen=True)
 class Forks:
@@ -31,9 +34,9 @@ class Forks:
     """
 
     takes: bool = False
-    gives: str | None = None
+    gives: Maker | None = None
     pools: bool = False
-    links: tuple[tuple[str, str], ...] = ()
+    links: tuple[tuple[Maker, str], ...] = ()
     asks: frozenset[str] = frozenset()
 
 
@@ -69,20 +72,20 @@ def merge_forks(training: Forks, evaluation: Forks) -> Forks:
     )
 
 
-def norms_by_end(chains: Mapping[nn.Module, Chain]) -> dict[nn.Module, str]:
-    """The BatchNorms that end values otherwise than by writing them once, where nobody watches the blocks around."""
+def calls_by_end(chains: Mapping[nn.Module, Chain]) -> dict[tuple[nn.Module, Maker], str]:
+    """The calls of BatchNorms, by their blocks, that do not end in writing a value once; nobody watches on the way."""
 
-    def made_by(block: nn.Module, path: str) -> nn.Module | None:
-        part = block.get_submodule(path)
+    def made_by(block: nn.Module, maker: Maker) -> tuple[nn.Module, Maker] | None:
+        part = block.get_submodule(maker[0])
         if isinstance(part, _BatchNorm):
-            return part
+            return block, maker
         chain = chains.get(part)
         if chain is None or chain.forks.gives is None or is_apart(part):
             return None
         return made_by(part, chain.forks.gives)
 
-    found = {made_by(block, path): kind for block, chain in chains.items() for path, kind in chain.forks.links}
-    return {norm: kind for norm, kind in found.items() if norm is not None}
+    found = {made_by(block, maker): kind for block, chain in chains.items() for maker, kind in chain.forks.links}
+    return {call: kind for call, kind in found.items() if call is not None}
 
 
 def norms_that_add(chains: Mapping[nn.Module, Chain]) -> set[nn.Module]:

@@ -12,14 +12,15 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.blocks import FusedBlock, is_intact
-from fusedres.fusion.chains import Chain, norms_by_end, norms_that_add
+from fusedres.fusion.chains import Chain, calls_by_end, norms_that_add
 from fusedres.fusion.convert import is_taken
 from fusedres.fusion.foreign import foreign_pattern, is_timms
+from fusedres.fusion.options import FUSIONS, Options
 from fusedres.fusion.pairs import is_native
 from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, sealed, walk
 from fusedres.fusion.reads import mentions
 from fusedres.fusion.rewriting import Call
-from fusedres.fusion.runtime import FORK, POOL
+from fusedres.fusion.runtime import POOL
 from fusedres.nn import BatchNormAct2d
 
 
@@ -44,7 +45,9 @@ def find_entries(model: nn.Module) -> Iterator[Entry]:
     """All of ``model``, in the order of its blocks; what is in compiled, scripted or generated ones comes last."""
     fused = any(isinstance(module, FusedBlock) or is_taken(module) for _, module in walk(model))
     names = {module: name for name, module in walk(model)}
-    plans = [plan for plan in make_plans(model) if sealed(plan.block) is None]
+    # What a fused block does is in its code; one that fuse left alone calls layers.
+    options = Options(FUSIONS) if fused else Options()
+    plans = [plan for plan in make_plans(model, options=options) if sealed(plan.block) is None]
     found = [*_calls(plans, names, fused)]
     found += _calls_not_found(plans, names, {entry.module for entry in found})
     for entry in found:
@@ -67,7 +70,7 @@ def unfused(call: Call) -> str:
 
 def _calls(plans: list[Plan], names: dict[nn.Module, str], fused: bool) -> Iterator[Entry]:
     chains = _current_chains(plans, fused)
-    adding, ends = norms_that_add(chains), norms_by_end(chains)
+    adding, ends = norms_that_add(chains), calls_by_end(chains)
     inlined = {plan.block.get_submodule(path) for plan in plans for path, _ in _current_sequences(plan, fused)}
     for plan in plans:
         if plan.block in inlined:  # its calls are its parent's
@@ -81,12 +84,14 @@ def _calls(plans: list[Plan], names: dict[nn.Module, str], fused: bool) -> Itera
             if module in adding and call.pattern in ("bn", "bn_act"):
                 adding.remove(module)  # by the first of its calls
                 call = replace(call, pattern=f"add_{call.pattern}")
-            if ends.get(module) == POOL and call.pattern in ("bn_add_act", "bn_act", "bn_add", "bn"):
-                call = replace(call, pattern=f"{call.pattern}_avgpool")
-            elif ends.get(module) == FORK:
-                call = replace(call, forks=True)
             place = 0 if call.pattern == "print" else next(places[call.module])
-            yield Entry(names.get(module, call.module), call, module, plan.block, place, paths.count(call.module))
+            end = ends.get((plan.block, (call.module, place)))
+            if end is not None:
+                pooled = end == POOL
+                call = replace(call, pattern=f"{call.pattern}_avgpool" if pooled else call.pattern, forks=not pooled)
+            owner = children.get(call.module.rpartition(".")[0]) if call.module else None
+            block = owner if owner in inlined else plan.block  # who calls it in the original forward
+            yield Entry(names.get(module, call.module), call, module, block, place, paths.count(call.module))
 
 
 def _calls_not_found(plans: list[Plan], names: dict[nn.Module, str], found: set[nn.Module]) -> Iterator[Entry]:

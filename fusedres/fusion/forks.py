@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.branches import average_end, branches
-from fusedres.fusion.chains import Chain, Forks
+from fusedres.fusion.chains import Chain, Forks, Maker
 from fusedres.fusion.foreign import is_timms
 from fusedres.fusion.guests import guests
 from fusedres.fusion.joins import Forms, Joined
@@ -99,7 +99,7 @@ class _Forker:
     def run(self) -> Joined:
         """End values of which all readers are in the graph."""
         self._decide()
-        links = tuple((self._path(node), kind) for node, kind in self.ends.items())
+        links = tuple((self._maker(node), kind) for node, kind in self.ends.items())
         self._rewrite({})
         chain = self.form.chain
         self.form.chain = replace(chain, forks=Forks(links=links, asks=frozenset(self.asks)))
@@ -110,16 +110,15 @@ class _Forker:
         input, other, ends = (node for node in self.graph.nodes if node.op == "placeholder")
         self._decide()
         takes = self._is_forked(input)
-        output = self.graph.output_node()
+        forks, output = Forks(takes), self.graph.output_node()
         value = output.args[0]
-        gives = isinstance(value, fx.Node) and self._gives(value) and self.values.readers(value) == [output]
-        forks = Forks(takes, self._path(value) if gives else None, gives and self._pools(value))
-        if gives:
+        if isinstance(value, fx.Node) and self._gives(value) and self.values.readers(value) == [output]:
+            forks = Forks(takes, self._maker(value), self._pools(value))
             self.ends[value] = ""  # as asked
-        self._rewrite({input: other} if takes else {}, ends)
-        if not gives:
+        else:
             with self.graph.inserting_before(output):
                 output.args = (self.graph.call_function(end, (value, ends)),)
+        self._rewrite({input: other} if takes else {}, ends)
         self.form.chain = Chain(forks=replace(forks, asks=frozenset(self.asks)))
         return self.form
 
@@ -174,10 +173,20 @@ class _Forker:
             return None
         return self.chains.get(module)
 
+    def _maker(self, node: fx.Node) -> Maker:
+        path, before = self._path(node), 0
+        for other in self.graph.nodes:
+            if other is node:
+                break
+            before += self._path(other) == path
+        return path, before
+
     def _path(self, node: fx.Node) -> str:
-        """Of the block or the BatchNorm that makes the value of ``node``."""
-        made_by = node if node.op == "call_module" else node.all_input_nodes[0]
-        return str(made_by.target)
+        """Of the child that ``node`` calls, itself or by one of our functions, which take it first."""
+        if node.op == "call_module":
+            return str(node.target)
+        first = node.args[0] if node.op == "call_function" and node.args else None
+        return str(first.target) if isinstance(first, fx.Node) and first.op == "get_attr" else ""
 
     def _is_average(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether ``node`` averages ``value`` over height and width."""
@@ -191,8 +200,8 @@ class _Forker:
             return False
         if node.op == "call_function" and node.target in _AVERAGES:
             return size in (1, (1, 1), [1, 1]) and not given
-        axes = size if isinstance(size, (tuple, list)) and all(isinstance(axis, int) for axis in size) else ()
-        return node.target in _MEANS and sorted(axis % 4 for axis in axes) == [2, 3]
+        axes = [axis % 4 for axis in size if isinstance(axis, int)] if isinstance(size, (tuple, list)) else []
+        return node.target in _MEANS and sorted(axes) == [2, 3]
 
     def _rewrite(self, forks: dict[fx.Node, fx.Node], ends: fx.Node | None = None) -> None:
         """Rewrite what was decided; ``forks`` are second names that are there already, of the input."""

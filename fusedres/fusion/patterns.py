@@ -79,7 +79,7 @@ class _BatchNormRewriter(Rewriter):
         act = chain.reader
         assert act is not None
         tail = self.chain(act)
-        if tail.reader is not None and self._can_wait(norm, norm.args[0], tail.reader):
+        if tail.reader is not None and self._can_wait(norm, norm.all_input_nodes[0], tail.reader):
             if self.options.allows("stem") and max_pool_arguments(self.values, tail.reader) is not None:
                 return self._fold_max_pool(norm, chain, tail)
             if self.options.save == "recompute" and self._is_conv(tail.reader):
@@ -93,11 +93,10 @@ class _BatchNormRewriter(Rewriter):
     def _fold_max_pool(self, norm: fx.Node, chain: Chain, tail: Chain) -> Call:
         pool = tail.reader
         assert pool is not None
-        operand = max_pool_arguments(self.values, pool)
-        if self.values.module(pool) is not None:
-            operand = self._attribute(pool, pool)
+        window = max_pool_arguments(self.values, pool)
+        operand = window if self.values.module(pool) is None else self._attribute(pool, pool)
         self._fold_behind(norm, [*chain.nodes, *tail.nodes], pool, norm_max_pool, operand)
-        return Call(str(norm.target), "bn_act_maxpool")
+        return Call(str(norm.target), "bn_act_maxpool", window=window)
 
     def _fold_conv(self, norm: fx.Node, chain: Chain, tail: Chain) -> Call:
         conv = tail.reader
@@ -132,11 +131,11 @@ class _BatchNormRewriter(Rewriter):
         arguments = dict(zip(("input", "residual"), norm.args, strict=False)) | dict(norm.kwargs)
         residual = arguments.get("residual")
         act = "_act" if arguments.get("act", module.act) is not None else ""
-        other = self._joined_norm(norm, residual)
-        if other is None or not isinstance(arguments["input"], fx.Node):
+        other, input = self._joined_norm(norm, residual), arguments.get("input")
+        if other is None or not isinstance(input, fx.Node):
             return Call(str(norm.target), f"bn{'_add' if residual is not None else ''}{act}")
         chain = self.chain(other)
-        self._join(norm, norm, arguments["input"], other, arguments.get("act", OWN_ACT), None, [norm])
+        self._join(norm, norm, input, other, arguments.get("act", OWN_ACT), None, [norm])
         self.replace(chain.nodes, other.all_input_nodes[0])
         return Call(str(norm.target), f"bn_add_bn{act}", partner=str(other.target))
 
@@ -155,16 +154,14 @@ class _BatchNormRewriter(Rewriter):
         chain = self.chain(value)
         if not plain or chain.reader is not reader or self.is_shown(chain.nodes):
             return None
-        return value if self._can_wait(value, value.args[0], reader) else None
+        return value if self._can_wait(value, value.all_input_nodes[0], reader) else None
 
     def _join(
-        self, norm: fx.Node, at: fx.Node, input: fx.Node, other: fx.Node, act: str | None, changes: str | None,
+        self, norm: fx.Node, at: fx.Node, input: fx.Node, other: fx.Node, act: Any, changes: str | None,
         result: list[fx.Node],
     ) -> None:  # fmt: skip
         """Both BatchNorms in one call in front of ``at``, read in place of ``result``."""
-        arguments = (
-            self._attribute(norm, at), input, self._attribute(other, at), other.args[0], act, changes
-        )  # fmt: skip
+        arguments = (self._attribute(norm, at), input, self._attribute(other, at), other.args[0], act, changes)
         with self.graph.inserting_before(at):
             fused = self.graph.call_function(norm_add_norm, arguments)
         self._note(other, None)

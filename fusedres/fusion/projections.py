@@ -32,10 +32,10 @@ class _Inliner(Rewriter):
         if not is_standard(sequence, nn.Sequential) or len(node.args) != 1 or node.kwargs:
             return False
         assert isinstance(sequence, nn.Sequential)
-        *others, last = sequence or [None]
+        last = sequence[-1] if len(sequence) else None
         if not isinstance(last, _BatchNorm) or is_timms(last) or self.refusal(last) or self.refusal(sequence):
             return False
-        parts = [part for other in others for part in other.modules()]
+        parts = [part for child in sequence if child is not last for part in child.modules()]
         # A part with a pattern of its own keeps the Sequential's rewritten forward busy.
         return not any(isinstance(part, (_BatchNorm, nn.LayerNorm)) for part in parts) and not any(
             has_own_call(child) for child in sequence

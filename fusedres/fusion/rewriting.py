@@ -27,7 +27,8 @@ class Call:
     ``module`` is the path inside the block, or empty for the block itself: prints, and functional forms. ``acts`` and
     ``adds`` say what goes with a LayerNorm and a Linear, where the pattern's name does not. ``partner`` is the path of
     the other BatchNorm of a projection join; ``recomputes`` is whether the backward computes the output again, and
-    ``forks`` whether it adds the gradients of two readers.
+    ``forks`` whether it adds the gradients of two readers. ``window`` is that of a maximum pooling: kernel size,
+    stride, padding, dilation and ceil_mode.
     """
 
     module: str
@@ -38,6 +39,7 @@ class Call:
     partner: str = ""
     recomputes: bool = False
     forks: bool = False
+    window: tuple[Any, ...] | None = None
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,17 +42,24 @@ _HOOKS = (
 
 @dataclass
 class Seen:
-    """One call of a normalisation: elements and dtype of its input, its features, elements across the Linear beside.
+    """One call of a normalisation: shape and dtype of its input, elements across the Linear beside.
 
     ``in_front`` is the size of the input of a Linear whose output is normalised, ``behind`` that of the output of one
     that reads the normalised tensor.
     """
 
-    elements: int
+    shape: tuple[int, ...]
     dtype: torch.dtype
-    features: int
     in_front: int | None = None
     behind: int | None = None
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def features(self) -> int:
+        return self.shape[-1]
 
 
 Calls: TypeAlias = "dict[nn.Module, list[Seen]]"  # by the normalisation, or by the block where it is a function
@@ -194,6 +202,6 @@ class _Recorder(TorchFunctionMode):
 
     @staticmethod
     def _add(calls: Calls, key: nn.Module, input: Tensor) -> Seen:
-        seen = Seen(input.numel(), input.dtype, input.shape[-1])
+        seen = Seen(tuple(input.shape), input.dtype)
         calls[key].append(seen)
         return seen

@@ -125,7 +125,8 @@ def _row(entry: Entry) -> dict[str, Any]:
         left_alone = entry.left_alone or _row_refusal(call, module, entry.fused)
         refused = _kernel_refusal(module, entry.block) if left_alone is None else None
         path = "eager" if left_alone is not None else "reference" if refused else "triton"
-        reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason))))
+        forks = "the gradients of its readers are added in its backward" if call.forks and path != "eager" else None
+        reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason, forks))))
     return {"module": entry.name, "pattern": call.pattern, "path": path, "reason": reason}
 
 

@@ -89,6 +89,9 @@ def _calls(plans: list[Plan], names: dict[nn.Module, str], fused: bool) -> Itera
             if end is not None:
                 pooled = end == POOL
                 call = replace(call, pattern=f"{call.pattern}_avgpool" if pooled else call.pattern, forks=not pooled)
+            if call.partner:
+                partner = children[call.partner]
+                call = replace(call, reason=f"with {names.get(partner, call.partner)}")
             owner = children.get(call.module.rpartition(".")[0]) if call.module else None
             block = owner if owner in inlined else plan.block  # who calls it in the original forward
             yield Entry(names.get(module, call.module), call, module, block, place, paths.count(call.module))

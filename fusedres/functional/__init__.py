@@ -11,9 +11,3 @@ from fusedres.ops import multiplies_itself as multiplies_itself
 from fusedres.ops import refusal as refusal
 
 __all__ = ["add_batch_norm_act", "batch_norm_act", "layer_norm_linear_act", "linear_layer_norm_act"]
-from fusedres.functional._wip import *  # noqa
-from fusedres.functional._wip import (
-    forked_batch_norm_act,
-    forked_batch_norm_act_max_pool2d,
-    forked_batch_norm_add_batch_norm_act,
-)  # noqa

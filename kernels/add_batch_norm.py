@@ -54,7 +54,7 @@ def add_batch_norm_act_inference_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(s, y, stats) with the running statistics, in one launch; ``stats`` is empty unless ``save_stats``."""
     view, s = rows(x), _sum(x, residual)
-    stats = torch.empty((4, view.C) if save_stats else 0, dtype=torch.float32, device=x.device)
+    stats = x.new_empty((4, view.C) if save_stats else 0, dtype=torch.float32)
     running = (running_mean, running_var)
     y, _ = batch_norm_fwd_apply(
         x, residual, view, stats if save_stats else None, running, weight, bias, eps, act, False, s

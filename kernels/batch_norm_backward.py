@@ -3,7 +3,9 @@
 With g = dy where the ReLU was open, the sums Σg and Σg·(x − mean) give dβ and dγ and, when the statistics were
 those of the batch, dx = scale·(g − Σg/M − (x − mean)·rstd²·Σg·(x − mean)/M). Frozen statistics: dx = scale·g.
 
-Where x was a sum s that is an output too, the gradient ds that it receives as such is added to dx.
+Where x was a sum s that is an output too, the gradient ds that it receives as such is added to dx. Where y went to two
+readers, dfork is the gradient of the second, and g = dy + dfork where the ReLU was open. The two never meet, and share
+an argument of the kernels, ``other_ptr``; FORK says which it is.
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -45,12 +47,14 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def _gradient_tile(
-    dy_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
-    RELU: tl.constexpr, NEEDS_X: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    dy_ptr, other_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
+    RELU: tl.constexpr, FORK: tl.constexpr, NEEDS_X: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """(g, x − mean) of one tile; the second is not loaded, and 0, unless NEEDS_X."""
     g = tl.load(dy_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    if FORK:
+        g += tl.load(other_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     x_centred = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     if NEEDS_X:
         x_centred = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
@@ -75,10 +79,10 @@ def _store_parameter_gradients(sum_g, sum_gx, rstd, dweight_ptr, dbias_ptr, offs
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_bwd_reduce_kernel(
-    dy_ptr, ds_ptr, x_ptr, mask_ptr, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr,
+    dy_ptr, other_ptr, x_ptr, mask_ptr, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr,
     dresidual_ptr, dx_ptr,
     M, C, S,
-    RELU: tl.constexpr, SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    RELU: tl.constexpr, FORK: tl.constexpr, SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
@@ -95,15 +99,15 @@ def _batch_norm_bwd_reduce_kernel(
         mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
         base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
         g, x_centred = _gradient_tile(
-            dy_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
-            RELU, SUMS or (RELU and mask_ptr is None), CHANNELS_LAST, BLOCK_M, BLOCK_C,
+            dy_ptr, other_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
+            RELU, FORK, SUMS or (RELU and mask_ptr is None), CHANNELS_LAST, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + base + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if dx_ptr is not None:  # frozen statistics
             dx = g * scale[None, :]
-            if ds_ptr is not None:
-                dx += tl.load(ds_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            if other_ptr is not None and not FORK:
+                dx += tl.load(other_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
             tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         sum_g += g
         sum_gx += g * x_centred
@@ -135,9 +139,9 @@ def _batch_norm_bwd_reduce_kernel(
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_bwd_apply_kernel(
-    g_ptr, ds_ptr, x_ptr, mask_ptr, stats_ptr, means_ptr, dx_ptr,
+    g_ptr, other_ptr, x_ptr, mask_ptr, stats_ptr, means_ptr, dx_ptr,
     M, C, S,
-    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    RELU: tl.constexpr, FORK: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
@@ -158,20 +162,20 @@ def _batch_norm_bwd_apply_kernel(
         mask = (row0 + tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
         base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
         g, x_centred = _gradient_tile(
-            g_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
-            RELU, True, CHANNELS_LAST, BLOCK_M, BLOCK_C,
+            g_ptr, other_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
+            RELU, FORK, True, CHANNELS_LAST, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         dx = scale[None, :] * (g - mean_g[None, :] - x_centred * mean_gx[None, :])
-        if ds_ptr is not None:
-            dx += tl.load(ds_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        if other_ptr is not None and not FORK:
+            dx += tl.load(other_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_bwd_on_chip_kernel(
-    dy_ptr, ds_ptr, x_ptr, mask_ptr, stats_ptr, dweight_ptr, dbias_ptr, dresidual_ptr, dx_ptr,
+    dy_ptr, other_ptr, x_ptr, mask_ptr, stats_ptr, dweight_ptr, dbias_ptr, dresidual_ptr, dx_ptr,
     M, C, S,
-    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    RELU: tl.constexpr, FORK: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     M, C, S = _aligned_extents(M, C, S, CHANNELS_LAST, ALIGN)
@@ -186,11 +190,11 @@ def _batch_norm_bwd_on_chip_kernel(
     mask = (tl.arange(0, BLOCK_M) < M)[:, None] & mask_c[None, :]
     base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
     g, x_centred = _gradient_tile(
-        dy_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
-        RELU, True, CHANNELS_LAST, BLOCK_M, BLOCK_C,
+        dy_ptr, other_ptr, x_ptr, mask_ptr, mean, scale, shift, base, offsets, mask, row0, offs_c, M, C,
+        RELU, FORK, True, CHANNELS_LAST, BLOCK_M, BLOCK_C,
     )  # fmt: skip
-    if ds_ptr is not None:
-        ds = tl.load(ds_ptr + base + offsets, mask=mask, other=0.0)  # with the others, not behind the sums
+    if other_ptr is not None and not FORK:
+        ds = tl.load(other_ptr + base + offsets, mask=mask, other=0.0)  # with the others, not behind the sums
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + base + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
     sum_g = _sum_rows(g)
@@ -200,86 +204,90 @@ def _batch_norm_bwd_on_chip_kernel(
         mean_g = sum_g / M.to(tl.float32)
         mean_gx = rstd * rstd * (sum_gx / M.to(tl.float32))
         dx = scale[None, :] * (g - mean_g[None, :] - x_centred * mean_gx[None, :])
-        if ds_ptr is not None:
+        if other_ptr is not None and not FORK:
             dx += ds.to(tl.float32)
         tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def batch_norm_bwd_reduce(
     dy: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, view: Rows, act: str | None, out: Gradients,
-    means: Tensor | None, ds: Tensor | None = None,
+    means: Tensor | None, other: Tensor | None = None, *, fork: bool = False,
 ) -> None:  # fmt: skip
     """Fill the parameter gradients and dresidual of ``out``, and ``means`` [2, C] for the apply kernel.
 
-    ``out.x`` given: the statistics were frozen, and this launch writes it too, with ``ds`` added. Reads dy, x (unless
-    nothing needs it), the mask and ds, writes dresidual; one launch.
+    ``out.x`` given: the statistics were frozen, and this launch writes it too, with ds added. Reads dy, x (unless
+    nothing needs it), the mask and ``other`` (dfork with ``fork``, else ds), writes dresidual; one launch.
     """
     config = tiling.reduction(view, dy.itemsize, num_sms(x.device))
     sums = means is not None or out.weight is not None or out.bias is not None
-    partials = torch.empty((2, config.programs, view.C), dtype=torch.float32, device=x.device) if sums else None
+    partials = x.new_empty((2, config.programs, view.C), dtype=torch.float32) if sums else None
     with on_device(x.device):
         _batch_norm_bwd_reduce_kernel[config.channel_tiles, config.programs](
-            dy, ds, x, mask, stats, counters(x.device) if sums else None, partials, means, out.weight, out.bias,
+            dy, other, x, mask, stats, counters(x.device) if sums else None, partials, means, out.weight, out.bias,
             out.residual, out.x,
             view.M, view.C, view.S,
-            RELU=act == "relu", SUMS=sums, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            RELU=act == "relu", FORK=fork, SUMS=sums, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,
         )  # fmt: skip
 
 
 def batch_norm_bwd_apply(
     g: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, means: Tensor, view: Rows, act: str | None, dx: Tensor,
-    ds: Tensor | None = None,
+    other: Tensor | None = None, *, fork: bool = False,
 ) -> None:  # fmt: skip
-    """Fill dx. Reads g (or dy, with the mask or ``act``), x and ds, writes dx; one launch."""
+    """Fill dx. Reads g (or dy, with the mask or ``act``), x and ``other``, writes dx; one launch."""
     config = tiling.elementwise(view, g.itemsize)
     with on_device(x.device):
         _batch_norm_bwd_apply_kernel[config.grid](
-            g, ds, x, mask, stats, means, dx,
+            g, other, x, mask, stats, means, dx,
             view.M, view.C, view.S,
-            RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            RELU=act == "relu", FORK=fork, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             TILES=config.tiles, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
 
 
 def batch_norm_bwd_on_chip(
     dy: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, view: Rows, config: Tiling, act: str | None,
-    out: Gradients, ds: Tensor | None = None,
+    out: Gradients, other: Tensor | None = None, *, fork: bool = False,
 ) -> None:  # fmt: skip
-    """Fill ``out`` in one launch: reads dy, x, the mask and ds once, writes dx and dresidual."""
+    """Fill ``out`` in one launch: reads dy, x, the mask and ``other`` once, writes dx and dresidual."""
     with on_device(x.device):
         _batch_norm_bwd_on_chip_kernel[config.grid](
-            dy, ds, x, mask, stats, out.weight, out.bias, out.residual, out.x,
+            dy, other, x, mask, stats, out.weight, out.bias, out.residual, out.x,
             view.M, view.C, view.S,
-            RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
+            RELU=act == "relu", FORK=fork, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
 
 
 def batch_norm_act_backward(
     dy: Tensor, x: Tensor, mask: Tensor | None, stats: Tensor, act: str | None, frozen: bool, out: Gradients,
-    ds: Tensor | None = None,
+    other: Tensor | None = None, *, fork: bool = False,
 ) -> None:  # fmt: skip
-    """Fill the tensors of ``out``; dy, x, ds and all of ``out`` have x's strides. ``out.x`` includes ds.
+    """Fill the tensors of ``out``; dy, x, ``other`` and all of ``out`` have x's strides.
 
-    One launch with frozen statistics or where a channel tile fits on-chip, else two. ``out.residual`` is for
-    the masked gradient only: without an activation it is dy itself, and there is nothing to write.
+    ``other`` is ds, which ``out.x`` then includes, or with ``fork`` dfork, of dy's dtype. One launch with frozen
+    statistics or where a channel tile fits on-chip, else two. ``out.residual`` is for a gradient that is not there
+    yet: without an activation and a fork it is dy itself, and there is nothing to write.
     """
     view = rows(x)
-    ds = None if out.x is None else ds
+    if out.x is None and not fork:
+        other = None
     if frozen:
-        batch_norm_bwd_reduce(dy, x, mask, stats, view, act, out, None, ds)
+        batch_norm_bwd_reduce(dy, x, mask, stats, view, act, out, None, other, fork=fork)
         return
     config = tiling.on_chip(view, max(x.itemsize, dy.itemsize))
     if config is not None:
-        batch_norm_bwd_on_chip(dy, x, mask, stats, view, config, act, out, ds)
+        batch_norm_bwd_on_chip(dy, x, mask, stats, view, config, act, out, other, fork=fork)
         return
-    means = None if out.x is None else torch.empty((2, view.C), dtype=torch.float32, device=x.device)
-    batch_norm_bwd_reduce(dy, x, mask, stats, view, act, out._replace(x=None), means)
+    means = None if out.x is None else x.new_empty((2, view.C), dtype=torch.float32)
+    batch_norm_bwd_reduce(
+        dy, x, mask, stats, view, act, out._replace(x=None), means, other if fork else None, fork=fork
+    )  # fmt: skip
     if out.x is None or means is None:
         return
     if out.residual is not None and out.residual.dtype == dy.dtype:
-        # g has been written for the residual: no mask to read again
-        batch_norm_bwd_apply(out.residual, x, None, stats, means, view, None, out.x, ds)
+        # g has been written for the residual: no mask and no second gradient to read again
+        batch_norm_bwd_apply(out.residual, x, None, stats, means, view, None, out.x, None if fork else other)
     else:
-        batch_norm_bwd_apply(dy, x, mask, stats, means, view, act, out.x, ds)
+        batch_norm_bwd_apply(dy, x, mask, stats, means, view, act, out.x, other, fork=fork)

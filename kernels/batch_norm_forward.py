@@ -245,8 +245,8 @@ def batch_norm_fwd_stats(
     With ``residual`` the statistics are those of x + residual, rounded to the dtype of ``s``: reads both, fills ``s``.
     """
     config = tiling.reduction(view, (x if s is None else s).itemsize, num_sms(x.device))
-    stats = torch.empty((4, view.C), dtype=torch.float32, device=x.device)
-    partials = torch.empty((2, config.programs, view.C), dtype=torch.float32, device=x.device)
+    stats = x.new_empty((4, view.C), dtype=torch.float32)
+    partials = x.new_empty((2, config.programs, view.C), dtype=torch.float32)
     with on_device(x.device):
         _batch_norm_fwd_stats_kernel[config.channel_tiles, config.programs](
             x, residual, s, counters(x.device), partials, stats, weight, bias, running_mean, running_var,
@@ -310,7 +310,7 @@ def batch_norm_fwd_on_chip(
     With ``s`` the residual is added before the normalisation, and the sum fills ``s``.
     """
     y, mask = _outputs(x, residual, view, save_mask)
-    stats = torch.empty((4, view.C), dtype=torch.float32, device=x.device)
+    stats = x.new_empty((4, view.C), dtype=torch.float32)
     with on_device(x.device):
         _batch_norm_fwd_on_chip_kernel[config.grid](
             x, residual, None if num_batches_tracked is None else counters(x.device), stats, weight, bias,
@@ -324,7 +324,7 @@ def batch_norm_fwd_on_chip(
 
 def _outputs(x: Tensor, residual: Tensor | None, view: Rows, save_mask: bool) -> tuple[Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    mask = torch.empty(view.mask_bytes if save_mask else 0, dtype=torch.uint8, device=x.device)
+    mask = x.new_empty(view.mask_bytes if save_mask else 0, dtype=torch.uint8)
     return torch.empty_like(x, dtype=dtype), mask
 
 
@@ -366,7 +366,7 @@ def batch_norm_act_inference_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, stats, mask) with the running statistics, in one launch; ``stats`` is empty unless ``save_stats``."""
     view = rows(x)
-    stats = torch.empty((4, view.C) if save_stats else 0, dtype=torch.float32, device=x.device)
+    stats = x.new_empty((4, view.C) if save_stats else 0, dtype=torch.float32)
     y, mask = batch_norm_fwd_apply(
         x, residual, view, stats if save_stats else None, (running_mean, running_var), weight, bias, eps, act, save_mask
     )  # fmt: skip

@@ -49,11 +49,11 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def dense_like(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` with the strides of the dense tensor ``like``: itself, or a copy."""
-    if x.stride() == like.stride():
+def dense_like(x: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``x`` with the strides of the dense tensor ``like``, in its own dtype or ``dtype``: itself, or a copy."""
+    if x.stride() == like.stride() and dtype in (None, x.dtype):
         return x
-    return torch.empty_like(like, dtype=x.dtype).copy_(x)
+    return torch.empty_like(like, dtype=dtype or x.dtype).copy_(x)
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:

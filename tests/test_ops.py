@@ -43,6 +43,7 @@ def test_opcheck_training(device, residual, grad):
             0.1,
             1e-5,
             "relu",
+            False,
             grad,
         ),
     )
@@ -54,7 +55,7 @@ def test_opcheck_inference(device, residual, grad):
     t = operator_arguments(device, residual=residual, grad=grad)
     torch.library.opcheck(
         torch.ops.fusedres.batch_norm_act_inference.default,
-        (t.input, t.residual, t.weight, t.bias, t.running_mean, t.running_var, 1e-5, "relu", grad),
+        (t.input, t.residual, t.weight, t.bias, t.running_mean, t.running_var, 1e-5, "relu", False, grad),
     )
 
 
@@ -65,7 +66,7 @@ def test_opcheck_backward(device, frozen):
     mask = torch.randint(0, 256, (6 * 4,), dtype=torch.uint8, device=device)
     torch.library.opcheck(
         torch.ops.fusedres.batch_norm_act_backward.default,
-        (torch.randn_like(x), x, stats, mask, "relu", frozen, True, x.dtype, torch.float32, None),
+        (torch.randn_like(x), None, x, stats, mask, "relu", frozen, True, x.dtype, torch.float32, None),
     )
 
 

@@ -20,6 +20,7 @@ SMALL = next(case for case in traffic_batch_norm.CASES if case.on_chip and case.
 EAGER = {
     "batch_norm_act": {"forward": 5, "backward": 8, "eval": 4},
     "batch_norm_act + residual": {"forward": 8, "backward": 8, "eval": 7},
+    "forked_batch_norm_act + residual": {"forward": 8, "backward": 11, "eval": 7},
     "add_batch_norm_act": {"forward": 8, "backward": 11, "eval": 7},
 }
 

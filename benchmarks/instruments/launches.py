@@ -37,8 +37,9 @@ def batch_norm_launches(
     residual: bool,
     training: bool,
     act: str | None = "relu",
+    fork: bool = False,
 ) -> list[Launch]:
-    """The launches of one layer's forward and backward."""
+    """The launches of one layer's forward and backward, with two gradients where there is a ``fork``."""
     from fusedres.kernels.batch_norm_backward import Gradients, batch_norm_act_backward
     from fusedres.kernels.batch_norm_forward import batch_norm_act_forward, batch_norm_act_inference_forward
 
@@ -56,7 +57,8 @@ def batch_norm_launches(
                 x, other, vector, vector, vector, vector, 1e-5, act, True, residual
             )
         wanted = Gradients(torch.empty_like(x), other, vector, vector)
-        batch_norm_act_backward(out, x, mask if residual else None, stats, act, not training, wanted)
+        saved = mask if mask.numel() else None
+        batch_norm_act_backward(out, x, saved, stats, act, not training, wanted, out if fork else None, fork=fork)
     return launches
 
 
@@ -114,6 +116,8 @@ def _activation(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool)
 BATCH_NORM_LAYERS = (
     functools.partial(batch_norm_launches, residual=True),
     functools.partial(batch_norm_launches, residual=False),
+    functools.partial(batch_norm_launches, residual=True, fork=True),
+    functools.partial(batch_norm_launches, residual=False, fork=True),
     add_batch_norm_launches,
     functools.partial(add_batch_norm_launches, residual_dtype=torch.float32),
     functools.partial(add_batch_norm_launches, residual_dtype=torch.bfloat16),

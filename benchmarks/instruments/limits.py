@@ -7,7 +7,7 @@ import math
 from benchmarks.devices import BY_ARCH
 from benchmarks.instruments.codegen import TARGETS, Code, Launch
 
-ACTIVATIONS = ("x_ptr", "residual_ptr", "dy_ptr", "ds_ptr", "g_ptr", "z_ptr")
+ACTIVATIONS = ("x_ptr", "residual_ptr", "dy_ptr", "other_ptr", "g_ptr", "z_ptr")
 OUTPUTS = ("y_ptr", "s_ptr", "saved_ptr", "dx_ptr", "dresidual_ptr", "dz_ptr", "normalised_ptr", "product_ptr")
 PRODUCTS = {"_layer_norm_linear_fwd_kernel", "_linear_layer_norm_fwd_kernel"}
 BITS = {"*fp32": 32, "*bf16": 16, "*fp16": 16, "*u8": 0}  # of an element; none of a mask, which has one in a byte

@@ -21,8 +21,11 @@ BIT = 1 / 16  # passes, in 16 bits, of a mask of one bit an element
 BUDGET = {
     "batch_norm_act": {"forward": (3.0, 2.0), "backward": (5.0, 3.0), "eval": (2.0, 2.0)},
     "batch_norm_act + residual": {"forward": (4 + BIT, 3 + BIT), "backward": (6 + BIT, 4 + BIT), "eval": (3.0, 3.0)},
+    "forked_batch_norm_act + residual": {
+        "forward": (4 + BIT, 3 + BIT), "backward": (7 + BIT, 5 + BIT), "eval": (3.0, 3.0),
+    },
     "add_batch_norm_act": {"forward": (5.0, 4.0), "backward": (6.0, 4.0), "eval": (4.0, 4.0)},
-}
+}  # fmt: skip
 # The same of others, not counted here: what attorch's kernels and Inductor's generated code were read to move (of a
 # range, the least), and the floor: statistics from the convolution or on-chip, and in evaluation folded into the
 # convolution. None: not known.
@@ -30,8 +33,10 @@ PEERS = ("attorch_passes", "inductor_passes", "floor_passes")
 OTHERS: dict[str, dict[str, tuple[float | None, ...]]] = {
     "batch_norm_act": {"forward": (4, 3, 2), "backward": (8, 5, 3), "eval": (2, 2, 0)},
     "batch_norm_act + residual": {"forward": (5, 4, 3), "backward": (8, 7, 4), "eval": (3, 3, 0)},
+    "forked_batch_norm_act + residual": dict.fromkeys(("forward", "backward", "eval"), (None, None, None)),
     "add_batch_norm_act": dict.fromkeys(("forward", "backward", "eval"), (None, None, None)),
 }
+VECTORS = ("running_mean", "running_var", "weight", "bias")
 MARGIN = 1.05  # over the budget
 LAUNCHES = {"forward": 2, "backward": 2, "eval": 1}
 
@@ -46,6 +51,11 @@ class Case(NamedTuple):
     @property
     def on_chip(self) -> bool:
         return self.shape == ON_CHIP
+
+    @property
+    def forked(self) -> bool:
+        """Two readers, of which each has a gradient."""
+        return self.workload.startswith("forked")
 
     @property
     def rows(self) -> int:
@@ -78,12 +88,16 @@ class Case(NamedTuple):
         total, added = self._summands(tensors)
         ties = _ties(total, added, tensors["weight"], tensors["bias"])
         last = self._activation().masked_fill_(ties, 0)  # in place, which keeps the layout
+        if self.forked:
+            return [self._activation().masked_fill_(ties, 0), last]
         return [last] if total is tensors["input"] else [self._activation(), last]
 
     def fused(self, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:
-        function = getattr(functional, self.workload.split()[0])
-        running = {name: tensors[name].clone() for name in ("running_mean", "running_var")}
-        outputs = function(**(tensors | running), training=training, act="relu")
+        given = tensors | {name: tensors[name].clone() for name in ("running_mean", "running_var")}
+        if self.forked:
+            norm = functional.BatchNormState(*(given[name] for name in VECTORS), training)
+            return functional.forked_batch_norm_act(given["input"], norm, residual=given["residual"], act="relu")
+        outputs = getattr(functional, self.workload.split()[0])(**given, training=training, act="relu")
         return (outputs,) if isinstance(outputs, Tensor) else outputs
 
     def eager(self, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:
@@ -91,6 +105,8 @@ class Case(NamedTuple):
         mean, var = tensors["running_mean"].clone(), tensors["running_var"].clone()
         z = F.batch_norm(total, mean, var, tensors["weight"], tensors["bias"], training)
         out = torch.relu(z if added is None else z + added)
+        if self.forked:
+            return out, out
         return (out,) if total is tensors["input"] else (total, out)
 
     def _summands(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:

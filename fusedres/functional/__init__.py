@@ -1,6 +1,7 @@
 """Fused functions: validation, the choice between kernels and the reference, and the public documentation."""
 
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
+from fusedres.functional.batch_norm import forked_batch_norm_act as forked_batch_norm_act  # for fusion
 from fusedres.functional.checks import ACTIVATIONS as ACTIVATIONS  # for nn
 from fusedres.functional.checks import BatchNormState as BatchNormState  # for fusion
 from fusedres.functional.linear import layer_norm_linear_act, linear_layer_norm_act

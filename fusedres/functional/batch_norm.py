@@ -70,17 +70,41 @@ def batch_norm_act(
     check_batch_norm(input, norm, residual, act, shared=shared)
     if shared:
         return _synchronised(input, residual, norm, act, group, added=False)
+    return _batch_norm_act(input, norm, residual, act, fork=False)[0]
+
+
+def forked_batch_norm_act(
+    input: Tensor, norm: BatchNormState, *, residual: Tensor | None = None, act: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`batch_norm_act` for two readers: the output under two names, one for each.
+
+    Their gradients meet in the backward's reduction, not in a pass of autograd's own; a hook on one name, or its
+    ``grad``, has the gradient of that reader alone. Neither name may be written to. Raises as
+    :func:`batch_norm_act` does.
+    """
+    check_batch_norm(input, norm, residual, act)
+    return _batch_norm_act(input, norm, residual, act, fork=True)
+
+
+def _batch_norm_act(
+    input: Tensor, norm: BatchNormState, residual: Tensor | None, act: str | None, *, fork: bool
+) -> tuple[Tensor, Tensor]:
+    """The output twice: with ``fork`` under two names, where a gradient is needed and the kernels run."""
+    mean, var, weight, bias, training, momentum, eps, count = norm
     if not use_kernels(input, residual, *norm.tensors):
-        return reference.batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=norm[7])
+        out = reference.batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=count)
+        return out, out
     save_for_backward = needs_grad(input, residual, weight, bias)
+    fork = fork and save_for_backward
     if training:
-        return torch.ops.fusedres.batch_norm_act(
-            input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, act,
-            save_for_backward,
-        )[0]  # fmt: skip
-    return torch.ops.fusedres.batch_norm_act_inference(
-        input, residual, weight, bias, running_mean, running_var, eps, act, save_for_backward
-    )[0]
+        outputs = torch.ops.fusedres.batch_norm_act(
+            input, residual, weight, bias, mean, var, count, momentum, eps, act, fork, save_for_backward
+        )
+    else:
+        outputs = torch.ops.fusedres.batch_norm_act_inference(
+            input, residual, weight, bias, mean, var, eps, act, fork, save_for_backward
+        )
+    return outputs[0], outputs[1 if fork else 0]
 
 
 def add_batch_norm_act(

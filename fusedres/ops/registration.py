@@ -30,7 +30,7 @@ def register(
     ``counter``, if any, counts them all the same.
 
     With ``function``, the last argument of the operator is ``save_for_backward``: where it is true the call goes to
-    ``function.apply(operator, *arguments)``.
+    ``function.apply(operator, *arguments)``, unless a compiler runs the operator in a graph that it has differentiated.
     """
     name = schema.split("(")[0]
 
@@ -51,7 +51,7 @@ def register(
     operator = getattr(torch.ops.fusedres, name).default
 
     def autograd(*args: Any) -> Any:
-        if args[-1]:
+        if args[-1] and torch.is_grad_enabled():
             return function.apply(operator, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def conv_inputs(
     return named | {"conv_weight": conv_weight.to(dtype), "conv_bias": torch.randn(out).to(dtype)}
 
 
-def run(module: object, given: Tensors, training: bool, **options: object) -> Tensors:
+def run(module: Any, given: Tensors, training: bool, **options: object) -> Tensors:
     """Output, gradients and buffers by name of ``module``'s function, of copies of the tensors."""
     copies = {name: t.detach().clone().requires_grad_(name in LEAVES) for name, t in given.items()}
     out = module.batch_norm_act_conv2d(**copies, training=training, **options)

@@ -30,8 +30,8 @@ PEERS = ("attorch_passes", "inductor_passes", "floor_passes")
 OTHERS: dict[str, dict[str, tuple[float | None, ...]]] = {
     "batch_norm_act": {"forward": (4, 3, 2), "backward": (8, 5, 3), "eval": (2, 2, 0)},
     "batch_norm_act + residual": {"forward": (5, 4, 3), "backward": (8, 7, 4), "eval": (3, 3, 0)},
-    "add_batch_norm_act": dict.fromkeys(("forward", "backward", "eval"), (None, None, None)),
 }
+UNKNOWN: dict[str, tuple[float | None, ...]] = dict.fromkeys(("forward", "backward", "eval"), (None, None, None))
 MARGIN = 1.05  # over the budget
 LAUNCHES = {"forward": 2, "backward": 2, "eval": 1}
 
@@ -58,6 +58,9 @@ class Case(NamedTuple):
     def budget(self, phase: str) -> float:
         return BUDGET[self.workload][phase][self.on_chip]
 
+    def launches(self, phase: str) -> int:
+        return 1 if self.on_chip else LAUNCHES[phase]
+
     def inputs(self) -> dict[str, Tensor]:
         channels = self.shape[1]
         activations = {"input": self._activation().to(DTYPE).requires_grad_()}
@@ -76,8 +79,8 @@ class Case(NamedTuple):
 
     def cotangents(self, tensors: dict[str, Tensor]) -> list[Tensor]:
         total, added = self._summands(tensors)
-        ties = _ties(total, added, tensors["weight"], tensors["bias"])
-        last = self._activation().masked_fill_(ties, 0)  # in place, which keeps the layout
+        near = ties(total, added, tensors["weight"], tensors["bias"])
+        last = self._activation().masked_fill_(near, 0)  # in place, which keeps the layout
         return [last] if total is tensors["input"] else [self._activation(), last]
 
     def fused(self, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:
@@ -104,7 +107,7 @@ class Case(NamedTuple):
         return TrafficMeter(tensors["input"])
 
     def complaints(self, phase: str, meter: TrafficMeter) -> list[str]:
-        found, total, launches = [], meter.passes + meter.aten_passes, 1 if self.on_chip else LAUNCHES[phase]
+        found, total, launches = [], meter.passes + meter.aten_passes, self.launches(phase)
         if total > MARGIN * self.budget(phase):
             found.append(f"{total:.2f} passes over an activation, more than {self.budget(phase):.2f}")
         if len(meter.launches) > launches:
@@ -118,7 +121,7 @@ class Case(NamedTuple):
             "aten_passes": round(meter.aten_passes, 4),
             "budget_passes": self.budget(phase),
             "eager_passes": round(eager.aten_passes, 4),
-            **dict(zip(PEERS, OTHERS[self.workload][phase], strict=True)),
+            **dict(zip(PEERS, OTHERS.get(self.workload, UNKNOWN)[phase], strict=True)),
             "vector_share": round(meter.vector_bytes / meter.issued_bytes, 5),
         }
 
@@ -127,7 +130,7 @@ class Case(NamedTuple):
 CASES = [Case(workload, shape, layout) for shape in SHAPES for workload in BUDGET for layout in LAYOUTS]
 
 
-def _ties(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+def ties(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
     """Where |z| is within 8 eps of the magnitudes it is the sum of."""
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
     scale = weight.view(1, -1, 1, 1) * torch.rsqrt(var + 1e-5)

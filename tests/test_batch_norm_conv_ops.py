@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedres import functional
 from fusedres.functional import batch_norm_act_conv2d
-from tests.convolutions import LEAVES, ONE_LAUNCH, conv_inputs, mapped, run
+from tests.convolutions import ONE_LAUNCH, conv_inputs, mapped, run
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+LEAVES = ("input", "weight", "bias", "conv_weight", "conv_bias")
 GEOMETRY = ([1, 2], [1, 0], [1, 1], 2)  # stride, padding, dilation, groups
 
 
@@ -40,17 +41,18 @@ def test_opcheck(device, training, grad):
 
 @pytest.mark.parametrize("needs_conv", [[True, True], [False, True], [True, False]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, None], ids=str)
+@pytest.mark.parametrize("sum_used", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_opcheck_backward(device, channels_last, frozen, dtype, needs_conv):
+def test_opcheck_backward(device, channels_last, frozen, sum_used, dtype, needs_conv):
     form = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(ONE_LAUNCH, device=device).contiguous(memory_format=form)
     conv_weight = torch.randn(6, 4, 3, 3, device=device)
     grad = torch.randn(3, 6, 7, 2, device=device)
     torch.library.opcheck(
         torch.ops.fusedres.batch_norm_act_conv2d_backward.default,
-        (grad, x, torch.rand(4, 8, device=device), conv_weight, 1e-5, "relu", frozen, *GEOMETRY, dtype is not None,
-         dtype, None, needs_conv),
+        (grad, torch.randn_like(x) if sum_used else None, x, torch.rand(4, 8, device=device), conv_weight, 1e-5, "relu",
+         frozen, *GEOMETRY, dtype, dtype, None, needs_conv),
     )  # fmt: skip
 
 

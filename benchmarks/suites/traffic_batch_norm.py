@@ -79,8 +79,8 @@ class Case(NamedTuple):
 
     def cotangents(self, tensors: dict[str, Tensor]) -> list[Tensor]:
         total, added = self._summands(tensors)
-        near = ties(total, added, tensors["weight"], tensors["bias"])
-        last = self._activation().masked_fill_(near, 0)  # in place, which keeps the layout
+        ties = _ties(total, added, tensors["weight"], tensors["bias"])
+        last = self._activation().masked_fill_(ties, 0)  # in place, which keeps the layout
         return [last] if total is tensors["input"] else [self._activation(), last]
 
     def fused(self, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:
@@ -130,7 +130,7 @@ class Case(NamedTuple):
 CASES = [Case(workload, shape, layout) for shape in SHAPES for workload in BUDGET for layout in LAYOUTS]
 
 
-def ties(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+def _ties(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
     """Where |z| is within 8 eps of the magnitudes it is the sum of."""
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
     scale = weight.view(1, -1, 1, 1) * torch.rsqrt(var + 1e-5)

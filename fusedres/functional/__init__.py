@@ -3,7 +3,7 @@
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
 from fusedres.functional.checks import ACTIVATIONS as ACTIVATIONS  # for nn
 from fusedres.functional.checks import BatchNormState as BatchNormState  # for fusion
-from fusedres.functional.convolution import batch_norm_act_conv2d
+from fusedres.functional.convolution import add_batch_norm_act_conv2d, batch_norm_act_conv2d
 from fusedres.functional.linear import layer_norm_linear_act, linear_layer_norm_act
 from fusedres.ops import KERNEL_DTYPES as KERNEL_DTYPES  # for explain, as what follows
 from fusedres.ops import autocasts as autocasts
@@ -13,6 +13,7 @@ from fusedres.ops import refusal as refusal
 
 __all__ = [
     "add_batch_norm_act",
+    "add_batch_norm_act_conv2d",
     "batch_norm_act",
     "batch_norm_act_conv2d",
     "layer_norm_linear_act",

@@ -103,8 +103,11 @@ def check_convolution(
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
+    dtype: torch.dtype | None = None,
 ) -> Geometry | None:
     """The geometry of a convolution of what looks like ``input``; ``None`` where it pads one side more than the other.
+
+    ``dtype``: of the sum where it is input + residual that is normalised.
 
     Raises:
         RuntimeError: what PyTorch's own convolution refuses, in its words.
@@ -118,8 +121,8 @@ def check_convolution(
     elif padding == "valid":
         both = [0, 0]
     geometry = Geometry(strides, [pads // 2 for pads in both], dilations, groups)
-    if not _convolves(input, weight, bias, geometry):
-        F.conv2d(input.detach(), weight, bias, stride, padding, dilation, groups)  # pyright: ignore[reportArgumentType]
+    if not _convolves(input, weight, bias, geometry, dtype or input.dtype):
+        F.conv2d(input.detach().to(dtype or input.dtype), weight, bias, stride, padding, dilation, groups)  # pyright: ignore[reportArgumentType]
         return None
     return None if any(pads % 2 for pads in both) else geometry
 
@@ -128,12 +131,12 @@ def _pair(value: int | Sequence[int]) -> list[int]:
     return [value, value] if isinstance(value, int) else [*value] * (2 if len(value) == 1 else 1)
 
 
-def _convolves(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
-    """Whether PyTorch's own convolution takes an input of this shape, dtype and device."""
+def _convolves(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own convolution takes an input of this shape and device, and of ``dtype``."""
     stride, padding, dilation, groups = geometry
     casts = autocasts(input)
     for parameter in (weight,) if bias is None else (weight, bias):
-        if parameter.device != input.device or not (parameter.dtype == input.dtype or casts):
+        if parameter.device != input.device or not (parameter.dtype == dtype or casts):
             return False
     if not all(len(pair) == 2 for pair in geometry[:3]) or min(*stride, *dilation, groups) < 1 or min(padding) < 0:
         return False

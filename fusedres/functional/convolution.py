@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres import reference
-from fusedres.functional.batch_norm import batch_norm_act
+from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
 from fusedres.functional.checks import BatchNormState, check_batch_norm, check_convolution, needs_grad
-from fusedres.ops import autocast_dtypes, use_kernels
+from fusedres.ops import autocast_dtypes, autocasts, use_kernels
 
 
 def batch_norm_act_conv2d(
@@ -59,8 +59,7 @@ def batch_norm_act_conv2d(
         RuntimeError: what :func:`torch.nn.functional.conv2d` refuses, in its words and before anything has been
             updated; or ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
     """
-    if input.dim() != 4:
-        raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+    _check_images(input)
     norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     check_batch_norm(input, norm, None, act)
     geometry = check_convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups)
@@ -73,8 +72,7 @@ def batch_norm_act_conv2d(
             dilation=dilation, groups=groups, num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
     save_for_backward = needs_grad(input, weight, bias, conv_weight, conv_bias)
-    dtype, _ = autocast_dtypes(input)
-    parameters = (weight, bias, conv_weight.to(dtype), None if conv_bias is None else conv_bias.to(dtype))
+    parameters = (weight, bias, *_autocast(input, conv_weight, conv_bias))
     if training:
         return torch.ops.fusedres.batch_norm_act_conv2d(
             input, *parameters, running_mean, running_var, num_batches_tracked, momentum, eps, act, *geometry,
@@ -83,3 +81,81 @@ def batch_norm_act_conv2d(
     return torch.ops.fusedres.batch_norm_act_conv2d_inference(
         input, *parameters, running_mean, running_var, eps, act, *geometry, save_for_backward
     )[0]
+
+
+def add_batch_norm_act_conv2d(
+    input: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: str | None = "relu",
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    num_batches_tracked: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The join of pre-activation blocks and the convolution that opens the next: ``s = input + residual`` and
+    ``conv2d(act(batch_norm(s)))``.
+
+    As :func:`batch_norm_act_conv2d` of the sum, which is kept in any case: it is the identity path, handed on
+    unchanged (He et al., 2016).
+
+    Args:
+        input, residual: ``(N, C, H, W)`` of one shape; the dtypes may differ, ``s`` is promoted as by ``+``.
+        running_mean, running_var, weight, bias, training, momentum, eps, act, num_batches_tracked: as
+            :func:`batch_norm_act`.
+        conv_weight, conv_bias, stride, padding, dilation, groups: as :func:`batch_norm_act_conv2d`, of the dtype of
+            ``s``.
+
+    Returns:
+        ``s``, of ``input``'s shape and memory format, and the output of the convolution.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`batch_norm_act_conv2d`, where ``input`` is the sum or a term of
+            it.
+    """
+    _check_images(input)
+    norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    check_batch_norm(input, norm, residual, act, dtype=dtype)
+    geometry = check_convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups, dtype)
+    if geometry is None:  # PyTorch's own convolution pads a copy of its input
+        s, out = add_batch_norm_act(input, residual, *norm[:7], act=act, num_batches_tracked=num_batches_tracked)
+        return s, F.conv2d(out, conv_weight, conv_bias, stride, padding, dilation, groups)  # pyright: ignore[reportArgumentType]
+    if not use_kernels(input, residual, *norm.tensors, conv_weight, conv_bias):
+        return reference.add_batch_norm_act_conv2d(
+            input, residual, *norm[:7], act=act, conv_weight=conv_weight, conv_bias=conv_bias, stride=stride,
+            padding=padding, dilation=dilation, groups=groups, num_batches_tracked=num_batches_tracked,
+        )  # fmt: skip
+    save_for_backward = needs_grad(input, residual, weight, bias, conv_weight, conv_bias)
+    parameters = (weight, bias, *_autocast(input, conv_weight, conv_bias))
+    if training:
+        return torch.ops.fusedres.add_batch_norm_act_conv2d(
+            input, residual, *parameters, running_mean, running_var, num_batches_tracked, momentum, eps, act,
+            *geometry, save_for_backward,
+        )[:2]  # fmt: skip
+    return torch.ops.fusedres.add_batch_norm_act_conv2d_inference(
+        input, residual, *parameters, running_mean, running_var, eps, act, *geometry, save_for_backward
+    )[:2]
+
+
+def _check_images(input: Tensor) -> None:
+    if input.dim() != 4:
+        raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+
+
+def _autocast(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The parameters of a convolution as autocast casts them."""
+    if not autocasts(input):
+        return parameters
+    dtype, _ = autocast_dtypes(input)
+    return tuple(None if parameter is None else parameter.to(dtype) for parameter in parameters)

@@ -35,6 +35,9 @@ FUNCTIONS: dict[str, dict[str, tuple[int, ...]]] = {
     "batch_norm_act": _BATCH_NORM,
     "batch_norm_act + residual": _BATCH_NORM | {"residual": (8, 20, 7, 9)},
     "add_batch_norm_act": _BATCH_NORM | {"residual": (8, 20, 7, 9)},
+    "batch_norm_act_conv2d": _BATCH_NORM | {"conv_weight": (12, 20, 3, 3), "conv_bias": (12,)},
+    "add_batch_norm_act_conv2d": _BATCH_NORM
+    | {"residual": (8, 20, 7, 9), "conv_weight": (12, 20, 3, 3), "conv_bias": (12,)},
     "layer_norm_linear_act": _LINEAR | {"ln_weight": (40,), "ln_bias": (40,)},
     "linear_layer_norm_act": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,)},
     "linear_layer_norm_act + residual": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,), "residual": (48, 24)},
@@ -105,9 +108,14 @@ def _tensors(function: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Random, the same in each call; activations and products of ``dtype``, BatchNorm's vectors in float32."""
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in FUNCTIONS[function].items()}
+    if "conv_weight" in tensors:
+        # No cotangent is 0 for one value of what a convolution reads: all of them are away from the ReLU's kink.
+        tensors["input"] += (tensors["input"] + tensors.get("residual", 0)).sign()
+        tensors["weight"].abs_().add_(0.5)
+        tensors["bias"].clamp_(-0.1, 0.1)
     if "running_var" in tensors:
         tensors["running_var"].abs_()
-        return {name: t.to(dtype) if t.dim() > 1 else t for name, t in tensors.items()}
+        return {name: t.to(dtype) if t.dim() > 1 or name == "conv_bias" else t for name, t in tensors.items()}
     return {name: t.to(dtype) for name, t in tensors.items()}
 
 

@@ -22,6 +22,8 @@ EAGER = {
     "batch_norm_act + residual": {"forward": 8, "backward": 8, "eval": 7},
     "forked_batch_norm_act + residual": {"forward": 8, "backward": 11, "eval": 7},
     "add_batch_norm_act": {"forward": 8, "backward": 11, "eval": 7},
+    "batch_norm_act_conv2d": {"forward": 7, "backward": 11, "eval": 6},
+    "add_batch_norm_act_conv2d": {"forward": 10, "backward": 14, "eval": 9},
 }
 
 

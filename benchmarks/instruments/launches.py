@@ -62,6 +62,17 @@ def batch_norm_launches(
     return launches
 
 
+def recomputation_launches(shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool) -> list[Launch]:
+    """The launch that makes a convolution's input again, also where the forward's was on-chip."""
+    from fusedres.kernels.batch_norm_forward import batch_norm_fwd_apply
+    from fusedres.kernels.layout import rows
+
+    x, stats = _activation(shape, dtype, channels_last), torch.empty(4, shape[1])
+    with recorded_launches() as launches:
+        batch_norm_fwd_apply(x, None, rows(x), stats, None, None, None, 1e-5, "relu", False)
+    return launches
+
+
 def add_batch_norm_launches(
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -290,6 +301,8 @@ def _layers(dtypes: Sequence[torch.dtype]) -> Iterator[list[Launch]]:
     modes = (True, False)
     for (shape, channels_last), dtype, layer, training in product(BATCH_NORM_SHAPES, dtypes, BATCH_NORM_LAYERS, modes):
         yield layer(shape, dtype, channels_last=channels_last, training=training)
+    for (shape, channels_last), dtype in product(BATCH_NORM_SHAPES, dtypes):
+        yield recomputation_launches(shape, dtype, channels_last=channels_last)
     for (shape, channels_last), dtype, residual in product(BATCH_NORM_SHAPES[:2], dtypes, modes):
         yield sync_batch_norm_launches(shape, dtype, channels_last=channels_last, residual=residual)
     for (M, N, K), dtype, training in product(LINEAR_SHAPES, dtypes, modes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from fusedres.kernels.layout import Rows, alignment
@@ -11,6 +12,7 @@ ON_CHIP_ELEMENTS = 8192  # 16 a thread at 16 warps; with 32 the backward spilled
 MIN_ROWS = 128  # rows a program handles at least, so that per-channel vectors stay under 5% of its traffic
 MAX_CHANNEL_TILES = 1023  # one arrival counter each, and one for the launch
 PROGRAMS_PER_SM = 4
+SHAPES = 4096  # whose configurations are kept: a network asks for the same few at every step
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def _num_warps(view: Rows, itemsize: int, elements: int) -> int:
     return max(1, min(16, elements * _thinning(view, itemsize) // (32 * 16)))
 
 
+@functools.lru_cache(SHAPES)
 def elementwise(view: Rows, itemsize: int) -> Tiling:
     """For the apply kernels: every program a fixed number of consecutive rows."""
     block_m, block_c = _tile(view, itemsize)
@@ -88,6 +91,7 @@ def elementwise(view: Rows, itemsize: int) -> Tiling:
     )
 
 
+@functools.lru_cache(SHAPES)
 def reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
     """For the statistics and the backward reduction: a few programs for every multiprocessor."""
     block_m, block_c = _tile(view, itemsize)
@@ -104,6 +108,7 @@ def reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
     )
 
 
+@functools.lru_cache(SHAPES)
 def on_chip(view: Rows, itemsize: int) -> Tiling | None:
     """For the single-launch kernels: all rows of a channel tile in registers; ``None`` where they do not fit.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from fusedres.kernels.workspace import num_sms
 
 BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ENVIRONMENT: Any = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
+_VARIABLE = os.environ.encodekey("FUSEDRES_BACKEND")
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -48,7 +51,7 @@ def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers it.
         ValueError: ``FUSEDRES_BACKEND`` is unknown.
     """
-    given = [input, *(tensor for tensor in others if tensor is not None)]
+    given = [input, *[tensor for tensor in others if tensor is not None]]
     reason = refusal(input.device, input.dtype) or reason or _transform_refusal(given)
     for tensor in given:
         reason = reason or _tensor_refusal(tensor)
@@ -104,7 +107,9 @@ def tf32() -> bool:
 
 @torch.compiler.assume_constant_result
 def _policy() -> tuple[str, bool, bool]:
-    return os.environ.get("FUSEDRES_BACKEND", "auto"), *_triton()
+    # Past os.environ's own lookup, which raises and catches an exception for a variable that is not set.
+    value = _ENVIRONMENT.get(_VARIABLE)
+    return "auto" if value is None else os.environ.decodevalue(value), *_triton()
 
 
 @functools.cache
@@ -120,9 +125,9 @@ def _triton() -> tuple[bool, bool]:
 def _tensor_refusal(tensor: Tensor) -> str | None:
     if is_known(tensor.numel() == 0):
         return "a tensor is empty"
-    if tensor.layout != torch.strided:
+    if tensor.layout is not torch.strided:
         return f"there is no kernel for the layout {tensor.layout}"
-    if (tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES) or tensor.is_complex():
+    if tensor.dtype not in KERNEL_DTYPES and (tensor.is_floating_point() or tensor.is_complex()):
         return f"there is no kernel for {tensor.dtype}"
     return None
 

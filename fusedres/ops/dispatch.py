@@ -28,10 +28,10 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     Raises:
         ValueError: ``FUSEDRES_BACKEND`` is not one of ``auto``, ``triton``, ``reference``.
     """
-    backend, has_triton, interpreting = _policy()
-    if backend not in BACKENDS:
-        raise ValueError(f"FUSEDRES_BACKEND must be one of {BACKENDS}, got {backend!r}")
-    if backend == "reference":
+    chosen, has_triton, interpreting = _policy()
+    if chosen not in BACKENDS:
+        raise ValueError(f"FUSEDRES_BACKEND must be one of {BACKENDS}, got {chosen!r}")
+    if chosen == "reference":
         return "FUSEDRES_BACKEND=reference"
     if not has_triton:
         return "triton is not installed"
@@ -57,9 +57,14 @@ def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None
         reason = reason or _tensor_refusal(tensor)
     if reason is None:
         return True
-    if _policy()[0] == "triton" and not is_known(input.numel() == 0):
+    if backend() == "triton" and not is_known(input.numel() == 0):
         raise RuntimeError(f"FUSEDRES_BACKEND=triton, but {reason}")
     return False
+
+
+def backend() -> str:
+    """``FUSEDRES_BACKEND``, whatever it is."""
+    return _policy()[0]
 
 
 def layer_norm_refusal(features: int) -> str | None:

@@ -8,7 +8,7 @@ calls what :func:`register` returns, not even that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def register(
     if function is not None:
         _library.impl(name, _autograd(operator, function), "Autograd")
     # Without its Python half, which is for functorch's transforms.
-    apply = None if function is None else super(torch.autograd.Function, function).apply
+    apply = None if function is None else cast(Any, super(torch.autograd.Function, function)).apply
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not _unobserved(args):

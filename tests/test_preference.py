@@ -170,13 +170,16 @@ def test_the_table_comes_from_rows(tmp_path: Path) -> None:
         row(0.1, shape=[1, 8, 2, 2], status="WRONG"),
         row(0.1, shape=[3, 8, 2, 2], layout="NCHW"),
         row(None, shape=[5, 8, 2, 2]),
+        row(0.8, provider="fusedres + cooperative", figures={"speedup_low": 0.7, "speedup_high": 0.8}),
+        row(9.0, provider="fusedres + cooperative", shape=[6, 8, 2, 2]),  # nothing beside it
     ]
     results.write(tmp_path / "a-gpu" / "kernels.jsonl", rows)
     results.write(tmp_path / "cpu" / "kernels.jsonl", [row(0.1, environment={"device": "a processor", "driver": None})])
     file = tmp_path / "preferences.json"
     preferences.write(tmp_path, file)
     points = {"bn+relu training float32": [[8, 8, 0.5], [256, 8, 1.5]]}
-    entry = {"torch": "0", "triton": "0", "commit": "c", "date": "2000-01-01", "speed": points}
+    entry: dict[str, Any] = {"torch": "0", "triton": "0", "commit": "c", "date": "2000-01-01", "speed": points}
+    entry["cooperative"] = {"bn+relu training float32": [[8, 8, 1.4]]}
     assert json.loads(file.read_text()) == {NAME: entry}
 
 

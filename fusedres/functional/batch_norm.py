@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedres import ops, reference
 from fusedres.functional.checks import BatchNormState, check_batch_norm, needs_grad
-from fusedres.ops import eager_is_faster, sync_batch_norm_act, use_kernels
+from fusedres.ops import eager_is_faster, kind, sync_batch_norm_act, use_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,8 +70,8 @@ def batch_norm_act(
     check_batch_norm(input, norm, residual, act, shared=shared)
     if shared:
         return _synchronised(input, residual, norm, act, group, added=False)
-    kind = "bn+add+relu" if residual is not None else "bn+relu" if act else "bn"
-    if not use_kernels(input, residual, *norm.tensors) or eager_is_faster(input, kind, training, momentum):
+    covered = use_kernels(input, residual, *norm.tensors)
+    if not covered or eager_is_faster(input, kind(residual, act), training, momentum):
         return reference.batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=norm[7])
     save_for_backward = needs_grad(input, residual, weight, bias)
     if training:

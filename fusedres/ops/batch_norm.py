@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedres.kernels.layout import contiguous, dense, dense_like
 from fusedres.ops.batch_norm_shared import finish_update, gradients
+from fusedres.ops.preference import cooperates, kind
 from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
 
 
@@ -44,6 +45,7 @@ def _batch_norm_act(
         eps,
         act,
         save_for_backward and _masked(residual, act),
+        cooperates(x, kind(residual, act)),
     )
     finish_update(running_mean, running_var, num_batches_tracked, mean, var)
     return outputs

@@ -19,7 +19,7 @@ from fusedres.kernels.workspace import num_sms
 BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ENVIRONMENT: Any = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
-_VARIABLE = os.environ.encodekey("FUSEDRES_BACKEND")
+_KEYS = {name: os.environ.encodekey(name) for name in ("FUSEDRES_BACKEND", "FUSEDRES_COOPERATIVE")}
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -112,9 +112,13 @@ def tf32() -> bool:
 
 @torch.compiler.assume_constant_result
 def _policy() -> tuple[str, bool, bool]:
-    # Past os.environ's own lookup, which raises and catches an exception for a variable that is not set.
-    value = _ENVIRONMENT.get(_VARIABLE)
-    return "auto" if value is None else os.environ.decodevalue(value), *_triton()
+    return environment("FUSEDRES_BACKEND") or "auto", *_triton()
+
+
+def environment(name: str) -> str | None:
+    """A variable, past ``os.environ``'s own look-up, which raises and catches an exception where it is not set."""
+    value = _ENVIRONMENT.get(_KEYS[name])
+    return None if value is None else os.environ.decodevalue(value)
 
 
 @functools.cache

@@ -5,6 +5,9 @@ each size, as the upper end of its 95% interval: below 1, ours are slower by mor
 of the measured size next to its own. ``python -m benchmarks prefer`` writes the file, from rows alone.
 
 A device that is not in it was not measured, and runs the kernels at every size: one launch in place of eager's two.
+The same file says at which sizes the cooperative launch of ``kernels/batch_norm_cooperative.py`` was measured to be
+faster than two launches; it is used nowhere else, unless ``FUSEDRES_COOPERATIVE=on`` asks for it.
+
 The host's time is part of what was measured, and none of it is left in a compiled function or a CUDA graph: there the
 kernels run at every size too. So they do in NCHW, which is not compared with eager, and with ``momentum=None``, where
 PyTorch's own way waits for the device.
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.layout import is_channels_last
-from fusedres.ops.dispatch import backend
+from fusedres.ops.dispatch import backend, environment
 
 FILE = Path(__file__).with_name("preferences.json")
 TIMED = ("cuda",)  # kinds of devices on which kernels are compared
@@ -53,12 +56,22 @@ def slower_than_eager(
     return ratio if ratio is not None and ratio < 1 else None
 
 
+def cooperates(x: Tensor, kind: str) -> bool:
+    """Whether the training forward of ``x`` is to be one cooperative launch, where it fits."""
+    chosen = environment("FUSEDRES_COOPERATIVE")
+    if not _MEASURED or chosen is not None or x.device.type not in TIMED:
+        return chosen == "on" and x.device.type in TIMED
+    rows, channels = x.numel() // x.shape[1], x.shape[1]
+    ratio = measured_speed(device_name(x.device), kind, True, x.dtype, rows, channels, "cooperative")
+    return ratio is not None and ratio > 1 and is_channels_last(x)
+
+
 @functools.lru_cache(KEPT)
 def measured_speed(
-    device: str, kind: str, training: bool, dtype: torch.dtype, rows: int, channels: int
+    device: str, kind: str, training: bool, dtype: torch.dtype, rows: int, channels: int, what: str = "speed"
 ) -> float | None:
     """That of the measured size next to [rows, channels] on a logarithmic scale; ``None`` where none was measured."""
-    points = _MEASURED.get(device, {}).get("speed", {}).get(group(kind, training, dtype))
+    points = _MEASURED.get(device, {}).get(what, {}).get(group(kind, training, dtype))
     if not points:
         return None
 
@@ -66,6 +79,11 @@ def measured_speed(
         return math.hypot(math.log(point[0] / rows), math.log(point[1] / channels))
 
     return min(points, key=distance)[2]
+
+
+def kind(residual: Tensor | None, act: str | None) -> str:
+    """What the benchmarks call a layer. None that adds a residual is measured without its ReLU."""
+    return "bn+add+relu" if residual is not None else "bn+relu" if act else "bn"
 
 
 def group(kind: str, training: bool, dtype: torch.dtype) -> str:

@@ -68,12 +68,16 @@ def test_many_programs(channels_last):
     def again(shape: Any, **options: Any) -> Tensor:
         return kept.setdefault(str(shape), empty(shape, **options))
 
+    def launch() -> tuple[Tensor, Tensor, list[Tensor]]:
+        buffers = [torch.zeros(19), torch.ones(19), torch.tensor(0)]
+        y, stats, _ = batch_norm_cooperative.batch_norm_fwd_cooperative(
+            x, None, view, config, None, None, *buffers, None, 1e-5, "relu", False
+        )
+        return y, stats, buffers
+
     with mock.patch.object(batch_norm_cooperative, "_await", lambda *_: None), mock.patch("torch.empty", again):
-        for _ in range(2):
-            mean, var, count = torch.zeros(19), torch.ones(19), torch.tensor(0)
-            y, stats, _ = batch_norm_cooperative.batch_norm_fwd_cooperative(
-                x, None, view, config, None, None, mean, var, count, None, 1e-5, "relu", False
-            )
+        launch()
+        y, stats, (_, var, count) = launch()
     exact = torch.var_mean(x.double(), (0, 2, 3))
     torch.testing.assert_close(stats[0].double(), exact[1], rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), exact[0], rtol=1e-5, atol=0)

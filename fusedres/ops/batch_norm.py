@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusedres.kernels.layout import contiguous, dense, dense_like
 from fusedres.ops.batch_norm_shared import finish_update, gradients
+from fusedres.ops.preference import cooperates, kind
 from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
 
 
@@ -49,6 +50,7 @@ def _batch_norm_act(
         eps,
         act,
         save_for_backward and _masked(residual, act),
+        cooperates(x, kind(residual, act)),
     )
     finish_update(running_mean, running_var, num_batches_tracked, mean, var)
     return out, out.new_empty(0), stats, mask
@@ -178,7 +180,7 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.mark_non_differentiable(stats, mask, *(() if forked else (fork,)))
         ctx.save_for_backward(x, stats, mask)
         ctx.act = act
-        ctx.frozen = operator is torch.ops.fusedres.batch_norm_act_inference.default
+        ctx.frozen = operator.__name__ == "batch_norm_act_inference.default"
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (residual, weight, bias))
         return out, fork, stats, mask
 
@@ -196,7 +198,7 @@ class _BatchNormAct(torch.autograd.Function):
         )
         # Without an activation the residual's gradient is the incoming one, where that is one.
         direct = ctx.act is None and residual_dtype is not None and grad_fork is None
-        grad_input, grad_residual, grad_weight, grad_bias = torch.ops.fusedres.batch_norm_act_backward(
+        grad_input, grad_residual, grad_weight, grad_bias = batch_norm_act_backward(
             grad, grad_fork, x, stats, mask, ctx.act, ctx.frozen, needs_input, None if direct else residual_dtype,
             weight_dtype, bias_dtype,
         )  # fmt: skip
@@ -210,7 +212,7 @@ class _BatchNormAct(torch.autograd.Function):
         )
 
 
-register(
+batch_norm_act = register(
     "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str? act, "
     "bool fork, bool save_for_backward) -> (Tensor out, Tensor fork, Tensor stats, Tensor mask)",
@@ -219,7 +221,7 @@ register(
     _BatchNormAct,
     counter=6,
 )
-register(
+batch_norm_act_inference = register(
     "batch_norm_act_inference(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
     "Tensor running_var, float eps, str? act, bool fork, bool save_for_backward) "
     "-> (Tensor out, Tensor fork, Tensor stats, Tensor mask)",
@@ -227,7 +229,7 @@ register(
     _fake_batch_norm_act_inference,
     _BatchNormAct,
 )
-register(
+batch_norm_act_backward = register(
     "batch_norm_act_backward(Tensor grad, Tensor? grad_fork, Tensor input, Tensor stats, Tensor mask, str? act, "
     "bool frozen, bool needs_input, ScalarType? residual_dtype, ScalarType? weight_dtype, ScalarType? bias_dtype) "
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",

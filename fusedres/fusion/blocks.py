@@ -29,6 +29,8 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 # Set by PyTorch's own wrappers, and no part of what a forward computes.
 _IGNORED = MODULE_ATTRIBUTES | {"_compiled_call_impl", "_is_fsdp_managed_module", "_fsdp_use_orig_params"}
 _serial = itertools.count()
+# What a rewritten forward calls by a name of its own; no parameter may have one.
+_OUR_NAMES = re.compile(r"_(len|isinstance|Proxy|original|total|end|is_\w+|(training|evaluation)_\w+)")
 _FORWARD = """
 def forward(self, {parameters}):
     if {changed}:
@@ -134,10 +136,12 @@ def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, .
     ``reads`` is what was read of the block's attributes.
 
     Raises:
-        UntraceableError: the graphs call different functions by one name.
+        UntraceableError: the graphs call different functions by one name, or a parameter has a name of ours.
     """
     names: dict[str, Any] = {}
     required, others = parameters(type(block).forward)
+    if any(_OUR_NAMES.fullmatch(name) for name in required):
+        raise UntraceableError(f"its forward cannot be rewritten: a parameter of {required} has a name of ours")
     arguments = ", ".join(required)
     forwards = [form.forward for form in forms]
     pairs = [form.paired for form in forms if form.paired is not None]

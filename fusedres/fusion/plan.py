@@ -112,7 +112,7 @@ def layer_refusal(layer: nn.Module) -> str | None:
 def own_layers(block: nn.Module) -> Iterator[nn.Module]:
     """The children that the forward of ``block`` itself may call: those in containers without a forward too."""
     for child in block.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and not _has_forward(child):
             yield from own_layers(child)
         else:
             yield child
@@ -154,7 +154,10 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module], chains: dic
 
 
 def _has_forward(block: nn.Module) -> bool:
-    return not isinstance(block, (_BatchNorm, nn.LayerNorm, nn.ModuleList, nn.ModuleDict))
+    """Whether ``block`` has one to rewrite; containers may, such as torchvision's IntermediateLayerGetter."""
+    if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
+        return type(block).forward is not nn.Module.forward
+    return not isinstance(block, (_BatchNorm, nn.LayerNorm))
 
 
 def _has_layers(block: nn.Module) -> bool:

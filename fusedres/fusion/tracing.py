@@ -8,7 +8,6 @@ import dis
 import functools
 import gc
 import inspect
-import io
 import logging
 import operator
 import os
@@ -28,7 +27,7 @@ from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.fusion.reads import Reads, UntraceableError, check_code, watched_reads
-from fusedres.fusion.state import ClassState, RandomState, State
+from fusedres.fusion.state import ClassState, Output, RandomState, State, one_at_a_time
 
 IN_PLACE_OPERATORS = {
     name: getattr(operator, f"i{name}")
@@ -67,7 +66,7 @@ def trace(block: nn.Module, training: bool) -> tuple[fx.Graph, Reads]:
     during = [*map(State, modules), *(ClassState(kind) for kind in classes - {object})]
     reads = Reads()
     try:
-        with watched_reads(block, reads):
+        with one_at_a_time, watched_reads(block, reads):
             graph = _traces(block)
     except UntraceableError:
         raise
@@ -82,7 +81,11 @@ def trace(block: nn.Module, training: bool) -> tuple[fx.Graph, Reads]:
         raise UntraceableError(f"forward changes the attribute {changed[0]!r}")
     _check(graph)
     for node in graph.nodes:
-        if node.op == "call_module" and has_own_call(block.get_submodule(str(node.target))):
+        if node.op != "call_module":
+            continue
+        if not node.target:
+            raise UntraceableError("forward calls its own module")
+        if has_own_call(block.get_submodule(str(node.target))):
             raise UntraceableError("forward calls a module whose class has a __call__ of its own")
     return graph, reads
 
@@ -125,7 +128,7 @@ def _refuse_forward(*args: Any, **kwargs: Any) -> Any:
 
 
 def _trace(block: nn.Module, tracer: _Tracer) -> fx.Graph:
-    output = io.StringIO()
+    output = Output()
     rng = RandomState()
     with contextlib.ExitStack() as stack:
         stack.callback(rng.restore)
@@ -241,6 +244,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.padding = padding
         self.shown = False
+        self.thread = threading.get_ident()
         self.values: list[weakref.ref[_Value]] = []
 
     def is_kept(self) -> bool:
@@ -253,6 +257,17 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        # Patched by torch.fx for all threads, like __getattr__: what others run meanwhile is not traced.
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         value = _Value(node, self)
@@ -357,7 +372,9 @@ def _intercepted(tracer: _Tracer) -> Iterator[None]:
         return enabled_for(self, level)
 
     def refuse_autocast(self: torch.autocast) -> torch.autocast:
-        raise UntraceableError("forward enters autocast")
+        if threading.get_ident() == thread:
+            raise UntraceableError("forward enters autocast")
+        return enter_autocast(self)
 
     def cat(*args: Any, **kwargs: Any) -> Any:
         if args and issubclass(type(args[0]), _Value) and args[0].tracer is tracer:

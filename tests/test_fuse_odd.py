@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import fusedres
 from tests import zoo
+from tests.ran import ran
 from tests.zoo import assert_same_steps, counts, images, randomise
 
 
@@ -167,7 +168,7 @@ def test_a_parametrized_norm_is_ours_and_said_to_be():
     reference = copy.deepcopy(model)
     fusedres.fuse(model)
     for candidate in (model, reference):
-        parametrize.register_parametrization(candidate[1], "weight", Positive())
+        parametrize.register_parametrization(candidate.get_submodule("1"), "weight", Positive())
     [row] = fusedres.explain(model).rows
     assert (row["pattern"], row["path"]) == ("bn", "reference")
     assert_same_steps(model, reference, images(2, 4, 5, 5))
@@ -198,3 +199,72 @@ def test_scripting_after_unfuse():
     x = torch.randn(2, 4, 5, 5)
     expected = model(x)
     torch.testing.assert_close(torch.jit.script(fusedres.unfuse(model))(x), expected)
+
+
+class Shortcut(Parts):
+    """As timm's DLA has them: the identity is an argument."""
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, children: list[Tensor] | None = None) -> Tensor:
+        out = self.bn(self.conv(x))
+        out += x if shortcut is None else shortcut
+        return F.relu(out)
+
+
+class Maybe(Parts):
+    """An addition only where the argument is given, and then another attribute."""
+
+    def forward(self, x: Tensor, other: Tensor | None = None, *, double: bool = False) -> Tensor:
+        out = self.bn(self.conv(x))
+        if other is not None:
+            out = out + other * getattr(self, "scale", 1.0)
+        out = F.relu(out)
+        return out * 2 if double else out
+
+
+class Caller(nn.Module):
+    def __init__(self, block: nn.Module, **arguments: object) -> None:
+        super().__init__()
+        self.block, self.arguments = block, arguments
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, **{name: x * 2 if value == "x" else value for name, value in self.arguments.items()})
+
+
+GIVEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "shortcut": (lambda: Caller(Shortcut(), shortcut="x"), "bn_add_act"),
+    "shortcut=None": (lambda: Caller(Shortcut(), shortcut=None), "bn_add_act"),
+    "children": (lambda: Caller(Shortcut(), shortcut="x", children=[]), "bn"),
+    "none": (lambda: Caller(Maybe()), "bn_act"),
+    "other": (lambda: Caller(Maybe(), other="x"), "bn_add_act"),
+    "other=None": (lambda: Caller(Maybe(), other=None), "bn_act"),
+    "double": (lambda: Caller(Maybe(), other="x", double=True), "bn"),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_first_optional_argument(name, monkeypatch):
+    monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
+    build, expected = GIVEN[name]
+    model = randomise(build())
+    reference, x = copy.deepcopy(model), images(2, 4, 5, 5)
+    fusedres.fuse(model)
+    for candidate in (pickle.loads(pickle.dumps(model)), model):
+        assert_same_steps(candidate, copy.deepcopy(reference), x)
+        with ran(candidate) as calls:
+            candidate(x)
+        assert list(calls) == [("block.bn", expected, "reference")]
+    block, twin = model.get_submodule("block"), reference.get_submodule("block")
+    block.scale = twin.scale = 3.0  # pyright: ignore[reportAttributeAccessIssue]
+    reference.load_state_dict(model.state_dict())
+    assert_same_steps(model, reference, x)
+
+
+def test_reasons_name_the_optional_arguments(monkeypatch):
+    monkeypatch.setenv("FUSEDRES_BACKEND", "auto")
+    for block, reason in (
+        (Shortcut(), "unless children is given"),
+        (Maybe(), "bn_add_act where other is given; unless double is given"),
+    ):
+        before = fusedres.explain(block).rows
+        assert before[0]["reason"].endswith(reason)
+        assert fusedres.explain(fusedres.fuse(block)).rows == before

@@ -121,12 +121,14 @@ def _saved(entry: Entry, path: str, sizes: Sizes) -> int | None:
 
 def _row(entry: Entry) -> dict[str, Any]:
     call, module, path, reason = entry.call, entry.module, "", entry.call.reason
+    pattern = call.pattern
     if call.pattern != "print":
         left_alone = entry.left_alone or _row_refusal(call, module, entry.fused)
         refused = _kernel_refusal(module, entry.block) if left_alone is None else None
+        pattern = pattern if left_alone is None else unfused(call)
         path = "eager" if left_alone is not None else "reference" if refused else "triton"
         reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason))))
-    return {"module": entry.name, "pattern": call.pattern, "path": path, "reason": reason}
+    return {"module": entry.name, "pattern": pattern, "path": path, "reason": reason}
 
 
 def _cell(value: Any) -> str:

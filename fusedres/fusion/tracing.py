@@ -42,11 +42,11 @@ _TENSOR = frozenset(dir(Tensor))
 _print = builtins.print
 
 
-def trace(block: nn.Module, training: bool) -> tuple[fx.Graph, Reads]:
+def trace(block: nn.Module, training: bool, given: int = 0) -> tuple[fx.Graph, Reads]:
     """The graph of ``type(block).forward`` in one mode; every call of a child is one ``call_module`` node.
 
-    Prints become nodes, and nothing is printed. The attributes of ``block``, its children and their classes are
-    afterwards as they were before.
+    Of the arguments that may be left out, the first ``given`` are values, see :func:`parameters`. Prints become nodes,
+    and nothing is printed. The attributes of ``block``, its children and their classes are afterwards as before.
 
     Returns:
         The graph, and what the forward read of ``block`` besides tensors and children.
@@ -67,7 +67,7 @@ def trace(block: nn.Module, training: bool) -> tuple[fx.Graph, Reads]:
     reads = Reads()
     try:
         with one_at_a_time, watched_reads(block, reads):
-            graph = _traces(block)
+            graph = _traces(block, given)
     except UntraceableError:
         raise
     except Exception as error:
@@ -95,16 +95,16 @@ def has_own_call(module: nn.Module) -> bool:
     return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
 
 
-def _traces(block: nn.Module) -> fx.Graph:
+def _traces(block: nn.Module, given: int) -> fx.Graph:
     """The graph, the same with and without gradients and autocast."""
-    tracer = _Tracer()
+    tracer = _Tracer(given)
     with torch.enable_grad():
         graph = _trace(block, tracer)
         # A text whose layout depends on the length of what stands for a value cannot be rebuilt.
-        if tracer.shown and str(graph) != str(_trace(block, _Tracer(padding="-" * 37))):
+        if tracer.shown and str(graph) != str(_trace(block, _Tracer(given, padding="-" * 37))):
             raise UntraceableError("forward formats values in a way that cannot be followed")
     with torch.inference_mode(), _autocast():
-        if str(graph) != str(_trace(block, _Tracer())):
+        if str(graph) != str(_trace(block, _Tracer(given))):
             raise UntraceableError("forward depends on the gradient mode, on autocast or on earlier calls")
     return graph
 
@@ -240,8 +240,9 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
     context: tuple[Any, ...]
 
-    def __init__(self, padding: str = "") -> None:
+    def __init__(self, given: int = 0, padding: str = "") -> None:
         super().__init__()
+        self.given = given
         self.padding = padding
         self.shown = False
         self.thread = threading.get_ident()
@@ -275,7 +276,7 @@ class _Tracer(fx.Tracer):
         return value
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        values = [self.create_proxy("placeholder", name, (), {}) for name in parameters(root_fn)[0]]
+        values = [self.create_proxy("placeholder", name, (), {}) for name in parameters(root_fn, self.given)[0]]
         return root_fn, [self.root, *values]
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
@@ -316,8 +317,10 @@ class _Tracer(fx.Tracer):
         return self.create_proxy("call_method", "format", (template + _escape(value[end:]), *shown), {})
 
 
-def parameters(forward: Callable[..., Any]) -> tuple[list[str], bool]:
+def parameters(forward: Callable[..., Any], given: int = 0) -> tuple[list[str], bool]:
     """The required positional parameters after ``self``, and whether there are others, which take their defaults.
+
+    The first ``given`` of those that may be ``None``, as ``shortcut=None``, count as required.
 
     Raises:
         UntraceableError: a keyword-only parameter is required.
@@ -327,10 +330,12 @@ def parameters(forward: Callable[..., Any]) -> tuple[list[str], bool]:
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
             raise UntraceableError(f"forward requires the keyword {parameter.name!r}")
+        optional = given > 0 and not others and parameter.default is None
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) and (
-            parameter.default is parameter.empty
+            parameter.default is parameter.empty or optional
         ):
             required.append(parameter.name)
+            given -= optional
         else:
             others = True
     return required, others

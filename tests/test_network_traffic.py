@@ -35,6 +35,7 @@ from benchmarks.suites.traffic_network import (
     measure,
     network,
     plan,
+    schedule,
 )
 from fusedres.kernels import layout, tiling
 
@@ -228,8 +229,9 @@ def test_what_counts_as_an_activation() -> None:
 
 
 def test_a_weight_that_looks_like_an_activation_is_refused(miniature: Part) -> None:
-    with pytest.raises(BenchmarkError, match="a weight begins with 8"):
-        measure(replace(miniature, shape=(8, 3, 32, 32)))
+    for count in (measure, schedule):
+        with pytest.raises(BenchmarkError, match="a weight begins with 8"):
+            count(replace(miniature, shape=(8, 3, 32, 32)))
 
 
 class Between(nn.Module):

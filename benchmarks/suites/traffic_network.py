@@ -6,7 +6,7 @@ autograd's additions of gradients, casts and copies. Nothing is timed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,8 +98,7 @@ def plan(request: Request) -> list[Case]:
         raise BenchmarkError("network counts a step of at least 2 images")
     wanted = request.providers or (BASELINE, COMPILED, FUSED)
     variants = [fused(name) for name in VARIANTS if FUSED in wanted and (name in QUICK or not request.quick)]
-    # Interpreted ones take longest and come first; shares are of the baseline whatever was asked for.
-    providers = (*variants, *((COMPILED,) if COMPILED in wanted else ()), BASELINE)
+    providers = (BASELINE, *((COMPILED,) if COMPILED in wanted else ()), *variants)  # the baseline in any case
     return [Case(name, providers, SUBJECTS[name].shape(batch, CPU)) for name in WORKLOADS for batch in batches]
 
 
@@ -124,14 +123,8 @@ def work(part: Part) -> list[Row]:
 
 
 def measure(part: Part) -> dict[str, Any]:
-    """Figures and check of a step that runs: the step that is counted is the one that is compared with float64.
-
-    Raises:
-        BenchmarkError: a weight looks like an activation at this batch size.
-    """
-    model, provider = network(part.subject.build), _provider(part.provider)
-    if any(is_activation(weight.shape, part.shape[0]) for weight in model.parameters()):
-        raise BenchmarkError(f"a weight begins with {part.shape[0]}, the number of images")
+    """Figures and check of a step that runs: the step that is counted is the one that is compared with float64."""
+    model, provider = _model(part), _provider(part.provider)
     meters: dict[str, NetworkMeter] = {}
 
     def around(phase: str) -> NetworkMeter:
@@ -148,7 +141,19 @@ def measure(part: Part) -> dict[str, Any]:
     return {"status": "ok" if verdict["ok"] else "WRONG", "figures": figures(meters), "check": verdict}
 
 
-def network(build: Any) -> nn.Module:
+def _model(part: Part) -> nn.Module:
+    """The network of a part.
+
+    Raises:
+        BenchmarkError: a weight looks like an activation at this batch size.
+    """
+    model = network(part.subject.build)
+    if any(is_activation(weight.shape, part.shape[0]) for weight in model.parameters()):
+        raise BenchmarkError(f"a weight begins with {part.shape[0]}, the number of images")
+    return model
+
+
+def network(build: Callable[[], nn.Module]) -> nn.Module:
     """A network whose blocks begin near the identity."""
     torch.manual_seed(0)
     model = build()
@@ -178,7 +183,7 @@ def complaints(meters: dict[str, NetworkMeter]) -> list[str]:
 
 def schedule(part: Part) -> dict[str, Any]:
     """Figures of what Inductor makes of the step."""
-    model = network(part.subject.build).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model = _model(part).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     images = part.subject.input(part.shape, CPU).to(memory_format=torch.channels_last)
     compiled = torch.compile(model, dynamic=False)
 

@@ -129,9 +129,9 @@ def _by_size(entry: Entry, reason: str, sizes: Sizes) -> dict[str, str]:
     for seen in (made[entry.place] for made in calls if entry.place < len(made)):
         if not isinstance(norm, nn.BatchNorm2d) or norm.momentum is None or seen.elements == 0:
             continue
-        kind, channels = _KINDS[entry.call.pattern], norm.num_features
+        kind, channels = _KINDS.get(entry.call.pattern), norm.num_features
         rows = seen.elements // channels
-        ratio = slower_than_eager(device, kind, norm.training, seen.dtype, rows, channels)
+        ratio = None if kind is None else slower_than_eager(device, kind, norm.training, seen.dtype, rows, channels)
         if ratio is not None:
             why = f"at [{rows}, {channels}] PyTorch's own kernels are faster: ours have {ratio:.2f} of their speed"
             return {"path": "reference", "reason": "; ".join(filter(None, (why, reason)))}

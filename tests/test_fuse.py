@@ -40,7 +40,9 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int], t
     "hand-resnet34": (lambda: zoo.hand_resnet34(zoo.ResBlock), (2, 3, 40, 40), RESNET34, (1, 3, 1)),
     "hand-resnet34-shared-bn": (lambda: zoo.hand_resnet34(zoo.HandBlock), (2, 3, 40, 40), RESNET34, (1, 3, 1)),
     "hand-resnet50": (zoo.hand_resnet50, (2, 3, 40, 40), RESNET50, (1, 4, 1)),
-    "projection": (lambda: zoo.ProjectionBlock(8, 16), (2, 8, 6, 6), {"bn_act": 1, "bn_add_act": 1, "bn": 1}, (0, 0, 0)),
+    "projection": (
+        lambda: zoo.ProjectionBlock(8, 16), (2, 8, 6, 6), {"bn_act": 1, "bn_add_act": 1, "bn": 1}, (0, 0, 0),
+    ),  # its print shows the projection
     "sequential": (zoo.SequentialNet, (2, 3, 6, 6), {"bn_act": 1, "bn": 3}, (0, 0, 0)),
     "user-built": (user_built, (2, 3, 40, 40), {"bn_act": 5, "bn_add_act": 4, "bn": 3}, (1, 3, 0)),
 }  # fmt: skip

@@ -52,11 +52,11 @@ def test_hooked_modules_are_reported():
     assert rows["layer1.0.bn3"]["pattern"] == "bn"
     assert "hooks" in rows["layer1.0.bn3"]["reason"]
     handle.remove()
-    assert counts(fusedres.fuse(model))["bn_add_act"] == 5
+    assert counts(fusedres.fuse(model))["bn_add_bn_act"] == 4
     handle = model.get_submodule("layer1.0.bn1").register_forward_pre_hook(lambda *_: None)
-    assert counts(model)["bn_add_act"] == 4  # the block runs its original forward
+    assert counts(model)["bn_add_bn_act"] == 3  # the block runs its original forward
     handle.remove()
-    assert counts(model)["bn_add_act"] == 5
+    assert counts(model)["bn_add_bn_act"] == 4
 
 
 def test_global_hooks_see_every_module():

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusedres.fusion.chains import with_ends
 from fusedres.fusion.forks import fork
 from fusedres.fusion.joins import join
 from fusedres.fusion.options import Options
@@ -47,14 +48,14 @@ def fuse_captured(graph_module: fx.GraphModule) -> list[Call]:
     options = Options()
     folded = rewrite(graph_module, graph, lambda module: None, options)
     joined = join(graph_module, graph, folded, {}, lambda module: True, options)
-    fork(graph_module, joined, {}, lambda module: True, options)
+    ends = fork(graph_module, joined, {}, lambda module: True, options).forward.chain.forks.links
     lifted.lower()
     for node in boundaries:
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
     graph.lint()
     graph_module.recompile()
-    return folded.calls
+    return with_ends(folded.calls, dict(ends))
 
 
 def boundary(value: Any) -> Any:

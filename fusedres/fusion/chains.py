@@ -9,13 +9,15 @@ siblings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.pairs import is_apart
+from fusedres.fusion.rewriting import Call
+from fusedres.fusion.runtime import FORK, POOL
 
 # What makes a value: the path of a child, and of its calls which, counted from 0.
 Maker = tuple[str, int]
@@ -86,6 +88,17 @@ def calls_by_end(chains: Mapping[nn.Module, Chain]) -> dict[tuple[nn.Module, Mak
 
     found = {made_by(block, maker): kind for block, chain in chains.items() for maker, kind in chain.forks.links}
     return {call: kind for call, kind in found.items() if call is not None}
+
+
+def with_ends(calls: Iterable[Call], ends: Mapping[Maker, str]) -> list[Call]:
+    """The ``calls`` of a forward, saying which of them end otherwise than by writing a value once."""
+    found: list[Call] = []
+    for call in calls:
+        place = sum(other.module == call.module and other.pattern != "print" for other in found)
+        end = ends.get((call.module, place)) if call.pattern != "print" else None
+        pattern = f"{call.pattern}_avgpool" if end == POOL else call.pattern
+        found.append(replace(call, pattern=pattern, forks=end == FORK))
+    return found
 
 
 def norms_that_add(chains: Mapping[nn.Module, Chain]) -> set[nn.Module]:

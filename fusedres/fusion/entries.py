@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.blocks import FusedBlock, is_intact
-from fusedres.fusion.chains import Chain, calls_by_end, norms_that_add
+from fusedres.fusion.chains import Chain, calls_by_end, norms_that_add, with_ends
 from fusedres.fusion.convert import is_taken
 from fusedres.fusion.foreign import foreign_pattern, is_timms
 from fusedres.fusion.options import FUSIONS, Options
@@ -20,7 +20,6 @@ from fusedres.fusion.pairs import is_native
 from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, sealed, walk
 from fusedres.fusion.reads import mentions
 from fusedres.fusion.rewriting import Call
-from fusedres.fusion.runtime import POOL
 from fusedres.nn import BatchNormAct2d
 
 
@@ -76,7 +75,9 @@ def _calls(plans: list[Plan], names: dict[nn.Module, str], fused: bool) -> Itera
         if plan.block in inlined:  # its calls are its parent's
             continue
         children = dict(plan.block.named_modules(remove_duplicate=False))
-        calls = _current_calls(plan, fused)
+        calls = with_ends(
+            _current_calls(plan, fused), {maker: end for (block, maker), end in ends.items() if block is plan.block}
+        )
         paths = [call.module for call in calls if call.pattern != "print"]
         places = {path: iter(range(paths.count(path))) for path in paths}
         for call in calls:
@@ -85,10 +86,6 @@ def _calls(plans: list[Plan], names: dict[nn.Module, str], fused: bool) -> Itera
                 adding.remove(module)  # by the first of its calls
                 call = replace(call, pattern=f"add_{call.pattern}")
             place = 0 if call.pattern == "print" else next(places[call.module])
-            end = ends.get((plan.block, (call.module, place)))
-            if end is not None:
-                pooled = end == POOL
-                call = replace(call, pattern=f"{call.pattern}_avgpool" if pooled else call.pattern, forks=not pooled)
             if call.partner:
                 partner = children[call.partner]
                 call = replace(call, reason=f"with {names.get(partner, call.partner)}")

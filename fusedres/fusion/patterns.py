@@ -162,8 +162,12 @@ class _BatchNormRewriter(Rewriter):
         self, norm: fx.Node, at: fx.Node, input: fx.Node, other: fx.Node, act: Any, changes: str | None,
         result: list[fx.Node],
     ) -> None:  # fmt: skip
-        """Both BatchNorms in one call in front of ``at``, read in place of ``result``."""
-        arguments = (self._attribute(norm, at), input, self._attribute(other, at), other.args[0], act, changes)
+        """Both BatchNorms in one call in front of ``at``, read in place of ``result``; the block's own comes first."""
+        one, two = (self._attribute(norm, at), input), (self._attribute(other, at), other.args[0])
+        if self._is_inlined(norm):
+            one, two = two, one
+            changes = {"norm": "residual", "residual": "norm"}.get(changes or "")
+        arguments = (*one, *two, act, changes)
         with self.graph.inserting_before(at):
             fused = self.graph.call_function(norm_add_norm, arguments)
         self._note(other, None)
@@ -196,9 +200,14 @@ class _BatchNormRewriter(Rewriter):
             self.replace(result, fused)
         self.replace(chain.nodes, input)
         act_name = "_act" if act else ""
-        if other is not None:
-            return Call(name, f"bn_add_bn{act_name}", partner=str(other.target))
-        return Call(name, f"bn_add{act_name}")
+        if other is None:
+            return Call(name, f"bn_add{act_name}")
+        names = (str(other.target), name) if self._is_inlined(norm) else (name, str(other.target))
+        return Call(names[0], f"bn_add_bn{act_name}", partner=names[1])
+
+    def _is_inlined(self, norm: fx.Node) -> bool:
+        """Whether ``norm`` belongs to an nn.Sequential whose children are called in its place."""
+        return str(norm.target).rpartition(".")[0] in self.result.sequences
 
     def _note(self, norm: fx.Node, act: fx.Node | None) -> None:
         self.result.is_changed = True

@@ -3,13 +3,16 @@
 In passes over an activation (one reads or writes it once). Eager runs each operation on its own. A BatchNorm reads its
 input twice in training, once in evaluation, and writes; its backward reads gradient and input twice and writes. ReLU
 reads and writes, its backward reads two and writes. An addition reads two and writes; its backward is free, but two
-gradients that meet at a sum are added, which is an addition again. The kernels' passes are derived in
-``kernels/README.md``; where a channel's values fit on the chip they need fewer, which is not counted here.
+gradients that meet at a sum, or at an output with two readers, are added, which is an addition again. Averaging reads,
+and its backward writes. Maximum pooling reads, and writes its output and 8 bytes an element of it; its backward reads
+gradient and those and writes. The kernels' passes are derived in ``kernels/README.md``; where a channel's values fit on
+the chip they need fewer, which is not counted here.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn.modules.utils import _pair
 
 from fusedres.functional import KERNEL_DTYPES, layer_norm_refusal, multiplies_itself
 from fusedres.fusion.rewriting import Call
@@ -23,9 +26,21 @@ _TRAINING = {
     "bn_add_act": (8 + 8, 4 + 6),  # and one bit an element, written and read
     "add_bn": (6 + 8, 5 + 6),
     "add_bn_act": (8 + 11, 5 + 6),
+    "bn_add_bn": (9 + 10, 5 + 8),
+    "bn_add_bn_act": (11 + 13, 5 + 8),
+    "bn_avgpool": (4 + 6, 2 + 3),
+    "bn_act_avgpool": (6 + 9, 2 + 3),
+    "bn_add_avgpool": (7 + 6, 3 + 4),
+    "bn_add_act_avgpool": (9 + 9, 3 + 4),  # and one bit an element, written once and read twice
 }
 _INFERENCE = {"bn": (2, 2), "bn_act": (4, 2), "bn_add": (5, 3), "bn_add_act": (7, 3), "add_bn": (5, 4),
-              "add_bn_act": (7, 4)}  # fmt: skip
+              "add_bn_act": (7, 4), "bn_add_bn": (7, 3), "bn_add_bn_act": (9, 3), "bn_avgpool": (3, 1),
+              "bn_act_avgpool": (5, 1), "bn_add_avgpool": (6, 2), "bn_add_act_avgpool": (8, 2)}  # fmt: skip
+_BITS = {"bn_add_act": 2, "bn_add_act_avgpool": 3}  # accesses of the mask
+# What the second gradient costs where the output has two readers: eager adds it, the kernels read it.
+_FORK = 3
+_FORKED = {"bn": 2, "bn_act": 2, "bn_add": 1, "bn_add_act": 1, "bn_add_bn": 2, "bn_add_bn_act": 2}
+_RECOMPUTED = 2  # the output of a ReLU, written and read once more
 
 
 def bytes_saved(call: Call, seen: Seen, training: bool, device: torch.device) -> int | None:
@@ -35,12 +50,35 @@ def bytes_saved(call: Call, seen: Seen, training: bool, device: torch.device) ->
     """
     if seen.dtype not in KERNEL_DTYPES:
         return 0
+    if call.pattern == "bn_act_maxpool":
+        return _pooled_bytes(call, seen, training)
     if call.pattern in _TRAINING:
         eager, ours = (_TRAINING if training else _INFERENCE)[call.pattern]
-        mask = 2 * (seen.elements // 8) if training and call.pattern == "bn_add_act" else 0
+        if training:
+            eager += _FORK * call.forks
+            ours += _FORKED.get(call.pattern, 0) * call.forks + _RECOMPUTED * call.recomputes
+        mask = _BITS.get(call.pattern, 0) * (seen.elements // 8) * training
         return (eager - ours) * seen.elements * seen.dtype.itemsize - mask
     elements = _linear_elements(call, seen, training, device)
     return None if elements is None else elements * seen.dtype.itemsize
+
+
+def _pooled_bytes(call: Call, seen: Seen, training: bool) -> int | None:
+    """Of BatchNorm, ReLU and maximum pooling; 0 where the reference runs."""
+    assert call.window is not None
+    kernel, stride, padding, dilation, ceil_mode = call.window
+    sizes = [_pair(size) for size in (kernel, stride or kernel, padding, dilation)]
+    if ceil_mode or sizes[3] != (1, 1) or len(seen.shape) != 4:
+        return 0
+    outputs = seen.shape[0] * seen.shape[1]
+    for length, k, s, p in zip(seen.shape[2:], *sizes[:3], strict=True):
+        outputs *= (length + 2 * p - k) // s + 1
+    x, y, places = seen.elements * seen.dtype.itemsize, outputs * seen.dtype.itemsize, 8 * outputs
+    if not training:
+        return (5 - 1) * x + places  # y is written by both
+    eager = 15 * x + 2 * y + 2 * places + _FORK * y * call.forks
+    ours = 5 * x + 3 * y + 3 * outputs + 2 * y * call.forks
+    return eager - ours
 
 
 def _linear_elements(call: Call, seen: Seen, training: bool, device: torch.device) -> int | None:

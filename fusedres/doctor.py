@@ -24,7 +24,8 @@ from fusedres import __version__, functional, reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 VARIABLES = (
-    "FUSEDRES_BACKEND", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_VISIBLE_DEVICES",
+    "FUSEDRES_BACKEND", "FUSEDRES_COOPERATIVE", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR",
+    "CUDA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS",
 )  # fmt: skip
@@ -73,7 +74,7 @@ def diagnose() -> tuple[list[str], list[str]]:
     if device.type == "cuda" and refused and "FUSEDRES_BACKEND" not in refused:
         problems.append(f"the kernels are not used: {refused}")
     backend = f"reference: {refused}" if refused else f"triton, on {device}"
-    lines += _section("backend", [backend])
+    lines += _section("backend", [backend, *filter(None, [None if refused else functional.standing(device)])])
     lines += _section("environment", [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ])
     header = f"{'':43}{'path':10}{'forward':>10}{'eager':>10}{'backward':>10}{'eager':>10}"
     checks = [check(function, dtype, device) for function in FUNCTIONS for dtype in DTYPES]

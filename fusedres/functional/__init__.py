@@ -10,6 +10,8 @@ from fusedres.ops import autocasts as autocasts
 from fusedres.ops import layer_norm_refusal as layer_norm_refusal
 from fusedres.ops import multiplies_itself as multiplies_itself
 from fusedres.ops import refusal as refusal
+from fusedres.ops import slower_than_eager as slower_than_eager
+from fusedres.ops import standing as standing
 
 __all__ = [
     "add_batch_norm_act",

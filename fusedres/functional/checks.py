@@ -33,7 +33,11 @@ class BatchNormState(NamedTuple):
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def check_batch_norm(
@@ -59,9 +63,10 @@ def check_batch_norm(
         raise ValueError("running_mean and running_var must both be given or both be None")
     if norm.running_mean is None and not norm.training:
         raise ValueError("running_mean and running_var must be given when training is False")
-    for name, tensor in zip(norm._fields, norm.tensors, strict=False):
+    size = input.shape[1]
+    for name, tensor in zip(norm._fields, norm[:4], strict=False):
         if tensor is not None:
-            _check_vector(name, tensor, input.shape[1], input, dtype)
+            _check_vector(name, tensor, size, input, dtype)
     if residual is not None:
         check_residual(residual, input, input.shape)
         if dtype is not None and dtype.is_complex:
@@ -183,7 +188,7 @@ def _check_vector(name: str, tensor: Tensor, size: int, input: Tensor, dtype: to
     """``dtype``: of what is normalised, where it is not ``input``'s."""
     if tensor.dim() != 1 or tensor.shape[0] != size:
         raise ValueError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
-    if tensor.dtype not in (torch.float32, dtype or input.dtype):
+    if tensor.dtype is not torch.float32 and tensor.dtype is not (dtype or input.dtype):
         whose = "input's dtype" if dtype is None else "the sum's dtype"
         raise TypeError(f"{name} must be float32 or of {whose} {dtype or input.dtype}, got {tensor.dtype}")
     _check_device(name, tensor, input)

@@ -77,14 +77,15 @@ def batch_norm_state(norm: nn.BatchNorm2d, input: Tensor) -> dict[str, Any]:
     """
     if not isinstance(input, torch.fx.Proxy):  # a symbolic trace has no dimensions yet
         norm._check_input_dim(input)
-    tracking = norm.training and norm.track_running_stats
-    use_running = tracking or not norm.training
+    training = norm.training
+    tracking = training and norm.track_running_stats
+    mean, var = (norm.running_mean, norm.running_var) if tracking or not training else (None, None)
     return {
-        "running_mean": norm.running_mean if use_running else None,
-        "running_var": norm.running_var if use_running else None,
+        "running_mean": mean,
+        "running_var": var,
         "weight": norm.weight,
         "bias": norm.bias,
-        "training": norm.training or norm.running_mean is None,
+        "training": training or mean is None,
         "momentum": norm.momentum,
         "eps": norm.eps,
         "num_batches_tracked": norm.num_batches_tracked if tracking else None,

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fusedres.functional import layer_norm_refusal, refusal, slower_than_eager, standing
 from fusedres.fusion.entries import Entry, find_entries, unfused
 from fusedres.fusion.foreign import TakenNorm
-from fusedres.fusion.plan import swap_refusal
+from fusedres.fusion.plan import sealed, swap_refusal
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.savings import bytes_saved
 from fusedres.fusion.shapes import Input, Sizes, measure
@@ -154,12 +154,14 @@ def _saved(entry: Entry, path: str, sizes: Sizes) -> int | None:
 
 def _row(entry: Entry) -> dict[str, Any]:
     call, module, path, reason = entry.call, entry.module, "", entry.call.reason
+    pattern = call.pattern
     if call.pattern != "print":
         left_alone = entry.left_alone or _row_refusal(call, module, entry.fused)
         refused = _kernel_refusal(module, entry.block) if left_alone is None else None
+        pattern = pattern if left_alone is None else unfused(call)
         path = "eager" if left_alone is not None else "reference" if refused else "triton"
         reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason))))
-    return {"module": entry.name, "pattern": call.pattern, "path": path, "reason": reason}
+    return {"module": entry.name, "pattern": pattern, "path": path, "reason": reason}
 
 
 def _cell(value: Any) -> str:
@@ -173,7 +175,13 @@ def _row_refusal(call: Call, module: nn.Module, fused: bool) -> str | None:
     left_alone = swap_refusal(module)
     if left_alone is None and fused and not isinstance(module, (BatchNormAct2d, TakenNorm)):
         left_alone = "filter_fn, or added since"
-    return left_alone
+    return None if _is_derived(module) else left_alone
+
+
+def _is_derived(module: nn.Module) -> bool:
+    """Whether it runs our forward in a class that others made since, as parametrization and FSDP2 do."""
+    ours = type(module).forward in (BatchNormAct2d.forward, TakenNorm.forward)
+    return ours and "forward" not in vars(module) and sealed(module) is None
 
 
 def _kernel_refusal(module: nn.Module, block: nn.Module) -> str | None:

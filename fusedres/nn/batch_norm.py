@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.functional import ACTIVATIONS, add_batch_norm_act, batch_norm_act
+from fusedres.nn.scripting import Unscriptable
 
 # Seen by torch.fx as one call, so that a symbolic trace of a fused model does not enter the validation.
 torch.fx.wrap("batch_norm_act")
@@ -16,7 +17,7 @@ torch.fx.wrap("add_batch_norm_act")
 _OWN = "own"  # `act` left out of a call: the module's own
 
 
-class BatchNormAct2d(nn.BatchNorm2d):
+class BatchNormAct2d(Unscriptable, nn.BatchNorm2d):
     r"""``act(batch_norm(input) + residual)`` as a module; an :class:`torch.nn.BatchNorm2d` in all else.
 
     Args:

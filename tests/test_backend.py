@@ -216,14 +216,47 @@ def test_inductor():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("triton_backend")
+def test_inductor_trains(caplog):
+    """Two steps in one graph: kernels in Inductor's code, and statistics updated once a step."""
+    model = Whole(zoo.conv(3, 3, 1), zoo.ResBlock(3, 3))
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=compile_fused, fullgraph=True)
+    pairs = [
+        (run, torch.optim.SGD(module.parameters(), lr=0.1)) for run, module in ((compiled, model), (reference,) * 2)
+    ]
+    with caplog.at_level("DEBUG", "fusedres.fusion.backend"):
+        for _ in range(2):
+            x, grad = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+            for run, optimizer in pairs:
+                optimizer.zero_grad()
+                run(x).backward(grad)
+                optimizer.step()
+    found = [record.getMessage() for record in caplog.records if record.name == "fusedres.fusion.backend"]
+    assert found == ["{'bn_act': 1, 'bn_add_act': 1}"]
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_mode_and_options_go_to_inductor():
-    graph_module, inductor = fx.symbolic_trace(nn.Identity()), mock.Mock()
-    with mock.patch.object(torch._dynamo, "lookup_backend", return_value=inductor) as lookup:
+    graph_module = fx.symbolic_trace(nn.Identity())
+    with mock.patch("torch._inductor.compile_fx.compile_fx") as inductor:
+        compile_fused(graph_module, [])
         compile_fused(graph_module, [], mode="reduce-overhead")
-        compile_fused(graph_module, [], options={"max_autotune": True})
-    assert [call.args for call in lookup.call_args_list] == [("inductor",)] * 2
+        compile_fused(graph_module, [], options={"max-autotune": True})  # torch.compile takes it with a hyphen too
     patches = [call.kwargs["config_patches"] for call in inductor.call_args_list]
-    assert patches == [{"triton.cudagraphs": True}, {"max_autotune": True}]
+    assert patches == [{}, {"triton.cudagraphs": True}, {"max_autotune": True}]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"nonsense": 1}, "Unexpected optimization option nonsense"),
+    ({"max_autotune": "yes"}, "Unexpected type of attr max_autotune"),
+])  # fmt: skip
+def test_options_are_checked_as_inductors(options, message):
+    with pytest.raises(RuntimeError, match=message):
+        compile_fused(fx.symbolic_trace(nn.Identity()), [], options=options)
 
 
 def test_stop_takes_no_options():

@@ -73,22 +73,25 @@ def check_step(compiled: Callable[..., Tensor], model: nn.Module, reference: nn.
         torch.testing.assert_close(buffer, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("told", ["", "by a mark", "by torch.compile"])
 @pytest.mark.parametrize("by_backend", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_batch_size(name, by_backend, marked):
-    """Marked dynamic it is compiled once, else once more for the second size."""
+def test_batch_size(name, by_backend, told):
+    """Told that it is dynamic, torch.compile compiles in the first call only, else once more for the second size."""
     build, shape = MODELS[name]
     model = build()
     reference = copy.deepcopy(model)
     counter = CompileCounterWithBackend(fused_backend if by_backend else "aot_eager")
-    compiled = torch.compile(model if by_backend else fusedres.fuse(model), backend=counter, fullgraph=True)
-    for batch in (3, 4, 6):
+    candidate, dynamic = model if by_backend else fusedres.fuse(model), told == "by torch.compile" or None
+    compiled, counts = torch.compile(candidate, backend=counter, fullgraph=True, dynamic=dynamic), []
+    for batch in (5, 4, 6):  # never the number of channels, which torch.compile would take for the same
         x = torch.randn(batch, *shape)
-        if marked:
+        if told == "by a mark":
             torch._dynamo.mark_dynamic(x, 0)
         check_step(compiled, model, reference, x)
-    assert counter.frame_count == (1 if marked else 2)
+        counts.append(counter.frame_count)
+    # With dynamic=True numbers are dynamic too, and PyTorch calls the backend again in the same compilation.
+    assert counts == (3 * counts[:1] if told else [1, 2, 2])
 
 
 @pytest.mark.floor

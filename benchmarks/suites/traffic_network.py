@@ -42,8 +42,8 @@ CHECKED = (2, 3, 64, 64)  # of the miniature, in float32
 # Weight of each block's last BatchNorm: at 1, gradients in 16 bits are off by more than their own size, in eager too.
 LAST = 0.1
 NOTE = (
-    "Inductor's schedule for a CPU, neither built nor run: each tensor once a kernel; kernels for a GPU are scheduled"
-    " by other rules and may be fused otherwise"
+    "Inductor's schedule for a CPU, neither built nor run: each tensor once a kernel, the least it can move; kernels"
+    " for a GPU are scheduled by other rules and may be fused otherwise"
 )
 
 
@@ -215,9 +215,9 @@ def compared(rows: Sequence[Row]) -> list[Row]:
 
 
 COLUMNS = {
-    "moved_mib": "moved MiB", "eager_share": "of eager", "per_layer_share": "of per layer", "forward_mib": "forward",
-    "backward_mib": "backward", **{f"{kind}_mib": kind for kind in KINDS}, "launches": "launches",
-    "operators": "operators",
+    "moved_mib": "moved", "eager_share": "of eager", "per_layer_share": "of layers", "forward_mib": "forward",
+    "backward_mib": "backward", **{f"{kind}_mib": kind[:6] for kind in KINDS}, "launches": "launches",
+    "operators": "ATen",
 }  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def table(rows: Sequence[Row]) -> Table:
     """A line a provider; those of the fused variants are the ablation."""
     shown = Table(title="elementwise traffic of a whole training step, MiB, counted; nothing is timed")
     for name in ("network", "step"):
-        shown.add_column(name)
+        shown.add_column(name, no_wrap=True)
     for name in (*COLUMNS.values(), "status"):
         shown.add_column(name, justify="right")
     for row in rows:

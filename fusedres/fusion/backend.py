@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from fusedres.fusion.captured import fuse_captured
@@ -33,10 +34,9 @@ def compile_fused(
             ``"aot_eager"``, which takes neither mode nor options.
 
     Raises:
+        RuntimeError: a mode or an option that Inductor does not know, or one of another type.
         ValueError: ``stop`` together with a mode or other options.
     """
-    from torch import _dynamo, _inductor
-
     calls = fuse_captured(graph_module)
     _log.debug("%s", dict(collections.Counter(call.pattern for call in calls)))
     config = dict(options or {})
@@ -44,7 +44,7 @@ def compile_fused(
     if stop is not None:
         if mode is not None or config:
             raise ValueError(f"stop={stop!r} takes no mode and no other options, got mode={mode!r} and {config}")
-        return _dynamo.lookup_backend(stop)(graph_module, list(example_inputs))
-    config = {**_inductor.list_mode_options(mode), **config} if mode is not None else config
-    inductor: Any = _dynamo.lookup_backend("inductor")
-    return inductor(graph_module, list(example_inputs), config_patches=config)
+        return torch._dynamo.lookup_backend(stop)(graph_module, list(example_inputs))
+    # What torch.compile itself calls: it checks modes and options, and prepares for CUDA graphs.
+    inductor: Any = torch._TorchCompileInductorWrapper(mode, config, None)
+    return inductor(graph_module, list(example_inputs))

@@ -36,8 +36,9 @@ def fuse(
     summands, as long as nobody watches the blocks in between. Parameters, buffers and ``state_dict`` are unchanged,
     results up to rounding; a forward that cannot be traced, or depends on state that cannot be watched, is left alone,
     and :func:`explain` says why. A block runs its original forward when one of its folded modules has been replaced,
-    patched or hooked, one of its own attributes set to another value, or an optional argument is passed. Fusing a fused
-    model again, with the same arguments, changes nothing.
+    patched or hooked, one of its own attributes set to another value, or an optional argument is passed, other than the
+    first where that may be ``None``, as an identity given to the block may. Fusing a fused model again, with the same
+    arguments, changes nothing. Other threads may run other models meanwhile, but not this one.
 
     Beyond a layer: the BatchNorm and ReLU of a stem with the maximum pooling behind them (``"stem"``); both BatchNorms
     of a projection block (``"join"``); the two gradients that meet at a block's output, added in the reduction of its

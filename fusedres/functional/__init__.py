@@ -1,6 +1,10 @@
 """Fused functions: validation, the choice between kernels and the reference, and the public documentation."""
 
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
+from fusedres.functional.batch_norm_pool import batch_norm_act_max_pool2d
+from fusedres.functional.batch_norm_pool import (
+    forked_batch_norm_act_max_pool2d as forked_batch_norm_act_max_pool2d,  # for fusion
+)
 from fusedres.functional.checks import ACTIVATIONS as ACTIVATIONS  # for nn
 from fusedres.functional.checks import BatchNormState as BatchNormState  # for fusion
 from fusedres.functional.linear import layer_norm_linear_act, linear_layer_norm_act
@@ -8,6 +12,13 @@ from fusedres.ops import KERNEL_DTYPES as KERNEL_DTYPES  # for explain, as what 
 from fusedres.ops import autocasts as autocasts
 from fusedres.ops import layer_norm_refusal as layer_norm_refusal
 from fusedres.ops import multiplies_itself as multiplies_itself
+from fusedres.ops import pool_refusal as pool_refusal
 from fusedres.ops import refusal as refusal
 
-__all__ = ["add_batch_norm_act", "batch_norm_act", "layer_norm_linear_act", "linear_layer_norm_act"]
+__all__ = [
+    "add_batch_norm_act",
+    "batch_norm_act",
+    "batch_norm_act_max_pool2d",
+    "layer_norm_linear_act",
+    "linear_layer_norm_act",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,55 @@ def _check_training(input: Tensor, norm: BatchNormState, shared: bool) -> None:
         _check_device("num_batches_tracked", count, input)
     elif norm.momentum is None and norm.running_mean is not None:
         raise ValueError("momentum=None (the cumulative average) needs num_batches_tracked")
+
+
+class Pooling(NamedTuple):
+    """The arguments of :func:`torch.nn.functional.max_pool2d` behind ``input``, by rows and columns."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil_mode: bool
+
+
+def check_pooling(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    ceil_mode: bool,
+) -> Pooling:
+    """The arguments as pairs.
+
+    Raises:
+        ValueError: what PyTorch refuses too, naming the argument and the value.
+    """
+    if input.dim() != 4:
+        raise ValueError(f"input must have 4 dimensions (N, C, H, W), got shape {tuple(input.shape)}")
+    kernel = _pair("kernel_size", kernel_size, 1)
+    pooling = Pooling(
+        kernel, kernel if stride is None else _pair("stride", stride, 1), _pair("padding", padding, 0),
+        _pair("dilation", dilation, 1), bool(ceil_mode),
+    )  # fmt: skip
+    for place, size in enumerate(input.shape[2:]):
+        extent = pooling.dilation[place] * (kernel[place] - 1) + 1
+        if 2 * pooling.padding[place] > extent:
+            raise ValueError(f"padding must be at most half of the window {extent}, got {padding!r}")
+        room = size + 2 * pooling.padding[place] - extent + (pooling.stride[place] - 1 if ceil_mode else 0)
+        if is_known(room < 0):
+            raise ValueError(f"input of shape {tuple(input.shape)} is smaller than the window {kernel_size!r}")
+    return pooling
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) == 1:
+        pair *= 2
+    if len(pair) != 2 or any(not isinstance(item, int) or item < least for item in pair):
+        raise ValueError(f"{name} must be one or two integers of at least {least}, got {value!r}")
+    return pair
 
 
 def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> None:

@@ -5,11 +5,13 @@ It is the path taken on devices and for dtypes that no kernel covers, and what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Extent: TypeAlias = "int | list[int] | tuple[int, ...]"  # of a window, in rows and columns
 
 
 def batch_norm_act(
@@ -72,10 +74,10 @@ def batch_norm_act_max_pool2d(
     eps: float = 1e-5,
     *,
     act: str | None = "relu",
-    kernel_size: int | Sequence[int] = 3,
-    stride: int | Sequence[int] | None = 2,
-    padding: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
+    kernel_size: Extent = 3,
+    stride: Extent | None = 2,
+    padding: Extent = 1,
+    dilation: Extent = 1,
     ceil_mode: bool = False,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:

@@ -5,7 +5,7 @@ element that is the maximum, or CLOSED where the ReLU let nothing through.
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
 # (the device language only looks like Python)
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _batch_norm_pool_fwd_kernel(
     ALIGN: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     TAPS: tl.constexpr = WINDOW[0] * WINDOW[1]
-    STEP: tl.constexpr = TAPS if UNROLL else 1  # a loop of one round costs nothing
+    STEP: tl.constexpr = TAPS if UNROLL else WINDOW[1]  # a loop of one round costs nothing
     C = C // ALIGN * ALIGN
     channel_tiles = tl.cdiv(C, BLOCK_C)
     # Backwards through memory: what the statistics read last is still in the L2 cache.
@@ -128,7 +128,7 @@ def _batch_norm_pool_fwd_kernel(
 def constants(view: Planes) -> dict[str, object]:
     """What all kernels are compiled for.
 
-    Large windows are walked through in loops: unrolled they take long to compile. In NCHW neighbours in a row are a
+    Large windows are walked through row by row: unrolled they take long to compile. In NCHW neighbours in a row are a
     stride apart, and accesses one element wide whatever the alignment.
     """
     window = view.window

@@ -6,7 +6,7 @@ is known when a kernel is compiled. From g on it is the backward of ``batch_norm
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false
 # (the device language only looks like Python)
 from __future__ import annotations
 

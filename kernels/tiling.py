@@ -99,15 +99,16 @@ def _dealt(view: Rows, block_m: int, block_c: int, num_warps: int, num_sms: int)
 
 
 def _pool_tile(view: Rows, itemsize: int) -> tuple[int, int, int]:
-    """(block_m, block_c, num_warps) where a thread has 16 bytes of every operand, for each element of a window.
+    """(block_m, block_c, num_warps); a row of the tile is an output, or a cell of the input.
 
-    A row of the tile is an output or a cell. In NCHW neighbours in a row are a stride apart: the threads of a warp
-    have them side by side, and the same of four channels, which share the addresses' arithmetic.
+    A thread has 16 bytes of every operand, for each element of a window; where accesses are narrower, two elements. In
+    NCHW these are of two channels, which share the addresses' arithmetic, and the threads of a warp have neighbours.
     """
-    elements = 4 * 32 * (16 // itemsize if view.channels_last and view.align * itemsize >= 16 else 4)
-    block_c = _block_c(view, 64 // itemsize if view.channels_last else 4)
-    block_m = max(8, min(elements // block_c, next_power_of_2(view.M)))
-    return block_m, block_c, max(1, min(4, block_m * block_c * 4 // elements))
+    wide = view.channels_last and view.align * itemsize >= 16
+    each = 16 // itemsize if wide else 2
+    block_c = _block_c(view, 64 // itemsize if view.channels_last else 2)
+    block_m = max(8, min(256 * each // block_c, next_power_of_2(view.M)))
+    return block_m, block_c, max(1, min(8, block_m * block_c // (32 * each)))
 
 
 def pool_elementwise(view: Rows, itemsize: int) -> Tiling:

@@ -14,6 +14,7 @@ from fusedres.ops import layer_norm_refusal as layer_norm_refusal
 from fusedres.ops import multiplies_itself as multiplies_itself
 from fusedres.ops import pool_refusal as pool_refusal
 from fusedres.ops import refusal as refusal
+from fusedres.reference import Extent as Extent  # for nn
 
 __all__ = [
     "add_batch_norm_act",

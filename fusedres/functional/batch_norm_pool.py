@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fusedres import reference
 from fusedres.functional.checks import BatchNormState, Pooling, check_batch_norm, check_pooling, needs_grad
 from fusedres.ops import pool_refusal, use_kernels
+from fusedres.reference import Extent
 
 
 def batch_norm_act_max_pool2d(
@@ -23,10 +22,10 @@ def batch_norm_act_max_pool2d(
     eps: float = 1e-5,
     *,
     act: str | None = "relu",
-    kernel_size: int | Sequence[int] = 3,
-    stride: int | Sequence[int] | None = 2,
-    padding: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
+    kernel_size: Extent = 3,
+    stride: Extent | None = 2,
+    padding: Extent = 1,
+    dilation: Extent = 1,
     ceil_mode: bool = False,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
@@ -66,10 +65,10 @@ def forked_batch_norm_act_max_pool2d(
     norm: BatchNormState,
     *,
     act: str | None = "relu",
-    kernel_size: int | Sequence[int] = 3,
-    stride: int | Sequence[int] | None = 2,
-    padding: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
+    kernel_size: Extent = 3,
+    stride: Extent | None = 2,
+    padding: Extent = 1,
+    dilation: Extent = 1,
     ceil_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:func:`batch_norm_act_max_pool2d` for two readers: the output under two names, one for each.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedres.ops import autocasts, is_known
+from fusedres.reference import Extent
 
 ACTIVATIONS = (None, "relu")
 
@@ -97,10 +97,10 @@ class Pooling(NamedTuple):
 
 def check_pooling(
     input: Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None,
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
+    kernel_size: Extent,
+    stride: Extent | None,
+    padding: Extent,
+    dilation: Extent,
     ceil_mode: bool,
 ) -> Pooling:
     """The arguments as pairs.
@@ -125,7 +125,7 @@ def check_pooling(
     return pooling
 
 
-def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+def _pair(name: str, value: Extent, least: int) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) == 1:
         pair *= 2

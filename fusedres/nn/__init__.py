@@ -1,6 +1,6 @@
 """Drop-in modules over :mod:`fusedres.functional`."""
 
-from fusedres.nn.batch_norm import BatchNormAct2d, as_batch_norm_act
+from fusedres.nn.batch_norm import BatchNormAct2d, BatchNormActMaxPool2d, as_batch_norm_act
 from fusedres.nn.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
 from fusedres.nn.linear import LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 from fusedres.nn.sync_batch_norm import OWN_NORMS, SyncBatchNormAct, convert_sync_batchnorm
@@ -9,6 +9,7 @@ __all__ = [
     "OWN_NORMS",
     "BasicBlock",
     "BatchNormAct2d",
+    "BatchNormActMaxPool2d",
     "Bottleneck",
     "LayerNormLinear",
     "LinearLayerNorm",

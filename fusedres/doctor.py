@@ -17,6 +17,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres import __version__, functional, reference
@@ -39,6 +40,7 @@ FUNCTIONS: dict[str, dict[str, tuple[int, ...]]] = {
     "batch_norm_act_conv2d": _BATCH_NORM | {"conv_weight": (12, 20, 3, 3), "conv_bias": (12,)},
     "add_batch_norm_act_conv2d": _BATCH_NORM
     | {"residual": (8, 20, 7, 9), "conv_weight": (12, 20, 3, 3), "conv_bias": (12,)},
+    "batch_norm_act_max_pool2d": _BATCH_NORM,
     "layer_norm_linear_act": _LINEAR | {"ln_weight": (40,), "ln_bias": (40,)},
     "linear_layer_norm_act": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,)},
     "linear_layer_norm_act + residual": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,), "residual": (48, 24)},
@@ -121,15 +123,26 @@ def _tensors(function: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _cotangents(function: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Random; 0 where rounding could decide on which side of the ReLU a value falls."""
+    """Random; 0 where rounding could decide on which side of the ReLU a value falls, or on which is the maximum."""
     given = {name: t.double() for name, t in tensors.items()}
     if function.startswith("linear"):
         given.pop("residual", None)  # it is added behind the ReLU
     *sums, out = _call(reference, function, given, act=None)
-    near = out.abs() <= 32 * torch.finfo(dtype).eps
+    slack = 32 * torch.finfo(dtype).eps
+    near = out.abs() <= slack
+    if "max_pool2d" in function:
+        near |= _margin(given) <= slack
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(out.shape, generator=generator).masked_fill(near, 0)
     return [*(torch.randn(s.shape, generator=generator) for s in sums), cotangent]
+
+
+def _margin(tensors: dict[str, Tensor]) -> Tensor:
+    """By how much the largest value of a pooling window, of 3 by 3 at a stride of 2, leads the second."""
+    (z,) = _call(reference, "batch_norm_act", tensors, act=None)
+    windows = F.pad(z, (1, 1, 1, 1), value=-torch.inf).unfold(2, 3, 2).unfold(3, 3, 2).flatten(4)
+    first, second = windows.topk(2).values.unbind(-1)
+    return first - second
 
 
 def _call(library: Any, function: str, tensors: dict[str, Tensor], act: str | None) -> tuple[Tensor, ...]:

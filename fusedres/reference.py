@@ -6,11 +6,13 @@ It is the path taken on devices and for dtypes that no kernel covers, and what t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Extent: TypeAlias = "int | list[int] | tuple[int, ...]"  # of a window, in rows and columns
 
 
 def batch_norm_act(
@@ -106,6 +108,32 @@ def add_batch_norm_act_conv2d(
     return total, batch_norm_act_conv2d(
         total, running_mean, running_var, weight, bias, training, momentum, eps, **options
     )  # fmt: skip
+
+
+def batch_norm_act_max_pool2d(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: str | None = "relu",
+    kernel_size: Extent = 3,
+    stride: Extent | None = 2,
+    padding: Extent = 1,
+    dilation: Extent = 1,
+    ceil_mode: bool = False,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """``max_pool2d(act(batch_norm(input)))``, as :func:`fusedres.functional.batch_norm_act_max_pool2d`."""
+    out = batch_norm_act(
+        input, running_mean, running_var, weight, bias, training, momentum, eps,
+        act=act, num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
+    return F.max_pool2d(out, kernel_size, stride, padding, dilation, ceil_mode)
 
 
 def layer_norm_linear_act(

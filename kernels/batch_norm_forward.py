@@ -52,6 +52,22 @@ def _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, store, C
 
 
 @triton.jit
+def _load_affine(
+    stats_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, offs_c, mask_c, store, C, EPS: tl.constexpr
+):
+    """(mean, scale, shift) from ``stats``, or from the running statistics, which then fill it where ``store``."""
+    if running_mean_ptr is not None:
+        mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        scale, shift = _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, store, C, EPS)
+    else:
+        mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
+        scale = tl.load(stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
+        shift = tl.load(stats_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
+    return mean, scale, shift
+
+
+@triton.jit
 def _update_running(
     mean, var, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counter_ptr, channel_tiles, momentum,
     offs_c, mask_c,
@@ -179,14 +195,9 @@ def _batch_norm_fwd_apply_kernel(
     pid_m = pid // channel_tiles
     offs_c = pid % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    if running_mean_ptr is not None:
-        mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        scale, shift = _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, pid_m == 0, C, EPS)
-    else:
-        mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
-        scale = tl.load(stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
-        shift = tl.load(stats_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
+    mean, scale, shift = _load_affine(
+        stats_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, offs_c, mask_c, pid_m == 0, C, EPS
+    )  # fmt: skip
 
     first = pid_m.to(tl.int64) * (TILES * BLOCK_M)
     for row0 in range(first, tl.minimum(first + TILES * BLOCK_M, M), BLOCK_M):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 from typing import NamedTuple
 
@@ -66,3 +67,62 @@ def rows(x: Tensor) -> Rows:
     N, C = x.shape[0], x.shape[1]
     M = x.numel() // C
     return Rows(M, C, M // N, M == N or is_channels_last(x))
+
+
+MAX_WINDOW = 255  # elements of a pooling window: a byte says which is the maximum, or that there is none
+
+
+class Window(NamedTuple):
+    """A pooling window: its size, its stride, and the padding around the input."""
+
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+
+    @classmethod
+    def of(cls, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Window:
+        return cls(*kernel_size, *stride, *padding)
+
+    def pooled(self, H: int, W: int) -> tuple[int, int]:
+        """Height and width of the output."""
+        return (
+            (H + 2 * self.padding_h - self.kernel_h) // self.stride_h + 1,
+            (W + 2 * self.padding_w - self.kernel_w) // self.stride_w + 1,
+        )
+
+
+class Planes(NamedTuple):
+    """A dense activation (N, C, H, W) and what pools it: seen by outputs, or by cells of a stride's size."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    channels_last: bool
+    window: Window
+
+    @property
+    def outputs(self) -> Rows:
+        return self._rows(*self.window.pooled(self.H, self.W))
+
+    @property
+    def cells(self) -> Rows:
+        return self._rows(-(-self.H // self.window.stride_h), -(-self.W // self.window.stride_w))
+
+    def _rows(self, height: int, width: int) -> Rows:
+        return Rows(self.N * height * width, self.C, height * width, self.channels_last)
+
+    def pooled(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised output, in the input's memory format, on the device of ``like``."""
+        shape = (self.N, self.C, *self.window.pooled(self.H, self.W))
+        form = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device=like.device, memory_format=form)
+
+
+def planes(x: Tensor, window: Window) -> Planes:
+    """The view of ``x`` [N, C, H, W], which must be dense. Where both formats are one, it is not channels-last."""
+    N, C, H, W = x.shape
+    return Planes(N, C, H, W, is_channels_last(x) and not x.is_contiguous(), window)

@@ -81,32 +81,49 @@ def _num_warps(view: Rows, itemsize: int, elements: int) -> int:
 def elementwise(view: Rows, itemsize: int) -> Tiling:
     """For the apply kernels: every program a fixed number of consecutive rows."""
     block_m, block_c = _tile(view, itemsize)
+    return _consecutive(view, block_m, block_c, _num_warps(view, itemsize, block_m * block_c))
+
+
+def _consecutive(view: Rows, block_m: int, block_c: int, num_warps: int) -> Tiling:
     tiles = max(1, MIN_ROWS // block_m)
-    return Tiling(
-        block_m,
-        block_c,
-        _num_warps(view, itemsize, block_m * block_c),
-        cdiv(view.M, tiles * block_m),
-        cdiv(view.C, block_c),
-        tiles,
-    )
+    return Tiling(block_m, block_c, num_warps, cdiv(view.M, tiles * block_m), cdiv(view.C, block_c), tiles)
 
 
 @functools.lru_cache(SHAPES)
 def reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
     """For the statistics and the backward reduction: a few programs for every multiprocessor."""
     block_m, block_c = _tile(view, itemsize)
+    return _dealt(view, block_m, block_c, _num_warps(view, itemsize, block_m * block_c), num_sms)
+
+
+def _dealt(view: Rows, block_m: int, block_c: int, num_warps: int, num_sms: int) -> Tiling:
     channel_tiles = cdiv(view.C, block_c)
     wanted = max(1, num_sms * PROGRAMS_PER_SM // channel_tiles)
     programs = max(1, min(wanted, view.M // max(2 * MIN_ROWS, block_m)))
-    return Tiling(
-        block_m,
-        block_c,
-        _num_warps(view, itemsize, block_m * block_c),
-        programs,
-        channel_tiles,
-        cdiv(cdiv(view.M, block_m), programs),
-    )
+    return Tiling(block_m, block_c, num_warps, programs, channel_tiles, cdiv(cdiv(view.M, block_m), programs))
+
+
+def _pool_tile(view: Rows, itemsize: int) -> tuple[int, int, int]:
+    """(block_m, block_c, num_warps); a row of the tile is an output, or a cell of the input.
+
+    A thread has 16 bytes of every operand, for each element of a window; where accesses are narrower, two elements. In
+    NCHW these are of two channels, which share the addresses' arithmetic, and the threads of a warp have neighbours.
+    """
+    wide = view.channels_last and view.align * itemsize >= 16
+    each = 16 // itemsize if wide else 2
+    block_c = _block_c(view, 64 // itemsize if view.channels_last else 2)
+    block_m = max(8, min(256 * each // block_c, next_power_of_2(view.M)))
+    return block_m, block_c, max(1, min(8, block_m * block_c // (32 * each)))
+
+
+def pool_elementwise(view: Rows, itemsize: int) -> Tiling:
+    """For the pooling forward, over outputs, and the apply kernel of its backward, over cells."""
+    return _consecutive(view, *_pool_tile(view, itemsize))
+
+
+def pool_reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
+    """For the reduction of the pooling backward, over cells."""
+    return _dealt(view, *_pool_tile(view, itemsize), num_sms)
 
 
 @functools.lru_cache(SHAPES)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.instruments.codegen import TARGETS, Launch, recorded_launches
+from fusedres.kernels.layout import Window
 
 SMS = 132  # tiled as for an H100
 DTYPES = ("bfloat16", "float32", "float16")
@@ -27,6 +28,10 @@ BATCH_NORM_SHAPES = (
     ((8, 67, 56, 56), True),
     ((2, 67, 14, 14), True),
 )
+
+POOL_SHAPES = (((8, 64, 112, 112), True), ((8, 64, 112, 112), False), ((8, 67, 56, 56), True))
+STEM = Window(3, 3, 2, 2, 1, 1)
+LARGE = Window(7, 7, 1, 1, 3, 3)  # not unrolled
 
 
 def batch_norm_launches(
@@ -101,6 +106,33 @@ def add_batch_norm_launches(
             )
         wanted = Gradients(torch.empty_like(s), None, vector, vector)
         batch_norm_act_backward(out, s, None, stats, act, not training, wanted, torch.empty_like(s))
+    return launches
+
+
+def batch_norm_pool_launches(
+    shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool, window: Window = STEM, fork: bool = False
+) -> list[Launch]:
+    """The launches of a stem, forward and backward: in training, and without a ``fork`` in evaluation too."""
+    from fusedres.kernels.batch_norm_backward import Gradients
+    from fusedres.kernels.batch_norm_pool import (
+        batch_norm_act_max_pool2d_forward,
+        batch_norm_act_max_pool2d_inference_forward,
+    )
+    from fusedres.kernels.batch_norm_pool_backward import batch_norm_act_max_pool2d_backward
+
+    x, vector = _activation(shape, dtype, channels_last), torch.empty(shape[1])
+    wanted = Gradients(torch.empty_like(x), None, vector, vector)
+    with recorded_launches() as launches:
+        out, stats, winner = batch_norm_act_max_pool2d_forward(
+            x, window, vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5, "relu", True
+        )
+        batch_norm_act_max_pool2d_backward(out, out if fork else None, x, stats, winner, window, False, wanted)
+        if not fork:
+            for save in (True, False):
+                batch_norm_act_max_pool2d_inference_forward(
+                    x, window, vector, vector, vector, vector, 1e-5, "relu", save
+                )  # fmt: skip
+            batch_norm_act_max_pool2d_backward(out, None, x, stats, winner, window, True, wanted)
     return launches
 
 
@@ -329,6 +361,10 @@ def _layers(dtypes: Sequence[torch.dtype]) -> Iterator[list[Launch]]:
         yield layer(shape, dtype, channels_last=channels_last, training=training)
     for (shape, channels_last), dtype in product(BATCH_NORM_SHAPES, dtypes):
         yield recomputation_launches(shape, dtype, channels_last=channels_last)
+    for (shape, channels_last), dtype, fork in product(POOL_SHAPES, dtypes, modes):
+        yield batch_norm_pool_launches(shape, dtype, channels_last=channels_last, fork=fork)
+    for dtype in dtypes:
+        yield batch_norm_pool_launches((8, 64, 56, 56), dtype, channels_last=True, window=LARGE)
     for (shape, channels_last), dtype, residual in product(BATCH_NORM_SHAPES[:2], dtypes, modes):
         yield sync_batch_norm_launches(shape, dtype, channels_last=channels_last, residual=residual)
     for (shape, channels_last), dtype, layer in product(COOPERATIVE_SHAPES, dtypes, COOPERATIVE):

@@ -117,7 +117,8 @@ class TrafficMeter:
     Args:
         activation: the tensor whose bytes are one pass. Floating tensors of at least half its elements count as
             activations, integer ones of at least one bit an element as masks, all others as per-channel vectors.
-        sizes: numbers of elements; floating tensors that have one of them count as activations, all else as vectors.
+        sizes: numbers of elements; floating tensors that have one of them count as activations, integer ones as masks,
+            all else as vectors.
 
     Raises:
         RuntimeError: on entry, when triton does not interpret.
@@ -202,7 +203,9 @@ class TrafficMeter:
     def kind(self, tensor: Tensor) -> str:
         """``activation``, ``mask`` or ``vector``."""
         if self.sizes:
-            return ACTIVATION if tensor.is_floating_point() and tensor.numel() in self.sizes else VECTOR
+            if tensor.numel() not in self.sizes:
+                return VECTOR
+            return ACTIVATION if tensor.is_floating_point() else MASK
         if tensor.is_floating_point():
             return ACTIVATION if 2 * tensor.numel() >= self.numel else VECTOR
         return MASK if 8 * tensor.numel() * tensor.element_size() >= self.numel else VECTOR

@@ -21,7 +21,7 @@ from benchmarks.errors import allowed, errors
 from benchmarks.instruments.meter import SECTOR, TrafficMeter
 from benchmarks.results import Key, Row
 from benchmarks.suite import CPU, Request, Suite
-from benchmarks.suites import traffic_batch_norm, traffic_convolution, traffic_linear
+from benchmarks.suites import traffic_batch_norm, traffic_batch_norm_pool, traffic_convolution, traffic_linear
 from benchmarks.workers import INTERPRETED, spread
 
 Tensors = dict[str, Tensor]
@@ -99,7 +99,12 @@ class Case:
 
 
 DTYPE, DTYPE_NAME, PROVIDER = torch.bfloat16, "bfloat16", "fusedres"
-SUBJECTS: list[Subject] = [*traffic_batch_norm.CASES, *traffic_convolution.CASES, *traffic_linear.CASES]
+SUBJECTS: list[Subject] = [
+    *traffic_batch_norm.CASES,
+    *traffic_batch_norm_pool.CASES,
+    *traffic_convolution.CASES,
+    *traffic_linear.CASES,
+]
 PHASES = ("forward", "backward", "eval")
 VECTORS, MANY_ROWS = 0.05, 10_000  # the share of vectors and partial sums, where there are so many rows
 # Of the bytes in the sectors touched, at least: where rows are whole sectors, or not. Less is uncoalesced.
@@ -185,7 +190,8 @@ def complaints(subject: Subject, counted: Counted) -> list[str]:
     if subject.rows >= MANY_ROWS and meter.vector_bytes > VECTORS * (meter.distinct_bytes + meter.aten_bytes):
         found.append(f"{meter.vector_bytes} bytes of vectors and partial sums")
     whole = all(extent * DTYPE.itemsize % SECTOR == 0 for extent in subject.extents)
-    if meter.issued_bytes < USEFUL[whole] * meter.sector_bytes:
+    stride = getattr(subject, "stride", 1)  # between the elements of one access, where a case has such
+    if meter.issued_bytes < USEFUL[whole] / stride * meter.sector_bytes:
         found.append(f"{meter.issued_bytes} useful bytes in sectors of {meter.sector_bytes}")
     return found
 

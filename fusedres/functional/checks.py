@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres.ops import autocasts, is_known
+from fusedres.reference import Extent
 
 ACTIVATIONS = (None, "relu")
 
@@ -151,6 +152,53 @@ def _convolves(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geo
     extents = zip(input.shape[2:], padding, reach, strict=True)
     fits = all(not is_known(extent + 2 * pads <= over) for extent, pads, over in extents)
     return fits and (bias is None or bias.shape == weight.shape[:1])
+
+
+class Pooling(NamedTuple):
+    """The arguments of :func:`torch.nn.functional.max_pool2d` behind ``input``, by rows and columns."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil_mode: bool
+
+
+def check_pooling(
+    input: Tensor,
+    kernel_size: Extent,
+    stride: Extent | None,
+    padding: Extent,
+    dilation: Extent,
+    ceil_mode: bool,
+) -> Pooling:
+    """The arguments as pairs.
+
+    Raises:
+        ValueError: what PyTorch refuses too, naming the argument and the value.
+    """
+    if input.dim() != 4:
+        raise ValueError(f"input must have 4 dimensions (N, C, H, W), got shape {tuple(input.shape)}")
+    kernel = _window("kernel_size", kernel_size, 1)
+    pooling = Pooling(
+        kernel, kernel if stride is None else _window("stride", stride, 1), _window("padding", padding, 0),
+        _window("dilation", dilation, 1), bool(ceil_mode),
+    )  # fmt: skip
+    for place, size in enumerate(input.shape[2:]):
+        extent = pooling.dilation[place] * (kernel[place] - 1) + 1
+        if 2 * pooling.padding[place] > extent:
+            raise ValueError(f"padding must be at most half of the window {extent}, got {padding!r}")
+        room = size + 2 * pooling.padding[place] - extent + (pooling.stride[place] - 1 if ceil_mode else 0)
+        if is_known(room < 0):
+            raise ValueError(f"input of shape {tuple(input.shape)} is smaller than the window {kernel_size!r}")
+    return pooling
+
+
+def _window(name: str, value: Extent, least: int) -> tuple[int, int]:
+    pair = tuple(_pair(value))
+    if len(pair) != 2 or any(not isinstance(item, int) or item < least for item in pair):
+        raise ValueError(f"{name} must be one or two integers of at least {least}, got {value!r}")
+    return pair
 
 
 def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres import reference
+from fusedres import ops, reference
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
 from fusedres.functional.checks import BatchNormState, check_batch_norm, check_convolution, needs_grad
 from fusedres.ops import autocast_dtypes, autocasts, use_kernels
@@ -74,11 +74,11 @@ def batch_norm_act_conv2d(
     save_for_backward = needs_grad(input, weight, bias, conv_weight, conv_bias)
     parameters = (weight, bias, *_autocast(input, conv_weight, conv_bias))
     if training:
-        return torch.ops.fusedres.batch_norm_act_conv2d(
+        return ops.batch_norm_conv.batch_norm_act_conv2d(
             input, *parameters, running_mean, running_var, num_batches_tracked, momentum, eps, act, *geometry,
             save_for_backward,
         )[0]  # fmt: skip
-    return torch.ops.fusedres.batch_norm_act_conv2d_inference(
+    return ops.batch_norm_conv.batch_norm_act_conv2d_inference(
         input, *parameters, running_mean, running_var, eps, act, *geometry, save_for_backward
     )[0]
 
@@ -139,11 +139,11 @@ def add_batch_norm_act_conv2d(
     save_for_backward = needs_grad(input, residual, weight, bias, conv_weight, conv_bias)
     parameters = (weight, bias, *_autocast(input, conv_weight, conv_bias))
     if training:
-        return torch.ops.fusedres.add_batch_norm_act_conv2d(
+        return ops.batch_norm_conv.add_batch_norm_act_conv2d(
             input, residual, *parameters, running_mean, running_var, num_batches_tracked, momentum, eps, act,
             *geometry, save_for_backward,
         )[:2]  # fmt: skip
-    return torch.ops.fusedres.add_batch_norm_act_conv2d_inference(
+    return ops.batch_norm_conv.add_batch_norm_act_conv2d_inference(
         input, residual, *parameters, running_mean, running_var, eps, act, *geometry, save_for_backward
     )[:2]
 

@@ -1,6 +1,6 @@
 """Drop-in modules over :mod:`fusedres.functional`."""
 
-from fusedres.nn.batch_norm import BatchNormAct2d, as_batch_norm_act
+from fusedres.nn.batch_norm import BatchNormAct2d, BatchNormActMaxPool2d, as_batch_norm_act
 from fusedres.nn.batch_norm import batch_norm_state as batch_norm_state  # for fusion
 from fusedres.nn.blocks import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
 from fusedres.nn.linear import LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
@@ -10,6 +10,7 @@ __all__ = [
     "OWN_NORMS",
     "BasicBlock",
     "BatchNormAct2d",
+    "BatchNormActMaxPool2d",
     "Bottleneck",
     "LayerNormLinear",
     "LinearLayerNorm",

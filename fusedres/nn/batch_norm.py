@@ -1,4 +1,4 @@
-"""BatchNorm2d with an optional residual addition and activation."""
+"""BatchNorm2d with an optional residual addition and activation, or with an activation and max pooling."""
 
 from __future__ import annotations
 
@@ -7,17 +7,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedres.functional import ACTIVATIONS, add_batch_norm_act, batch_norm_act
+from fusedres.functional import (
+    ACTIVATIONS,
+    Extent,
+    add_batch_norm_act,
+    batch_norm_act,
+    batch_norm_act_max_pool2d,
+)
 from fusedres.nn.scripting import Unscriptable
 
 # Seen by torch.fx as one call, so that a symbolic trace of a fused model does not enter the validation.
 torch.fx.wrap("batch_norm_act")
 torch.fx.wrap("add_batch_norm_act")
+torch.fx.wrap("batch_norm_act_max_pool2d")
 
 _OWN = "own"  # `act` left out of a call: the module's own
 
 
-class BatchNormAct2d(Unscriptable, nn.BatchNorm2d):
+class _BatchNormWithAct(Unscriptable, nn.BatchNorm2d):
+    """An :class:`torch.nn.BatchNorm2d` that does more than normalise, and says so where that would be lost."""
+
+    act: str | None
+
+    def __init__(self, num_features: int, *args: Any, act: str | None = "relu", **kwargs: Any) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
+        self.act = act
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act!r}"
+
+    def _beyond(self) -> str | None:
+        """What it does beside normalising, in words."""
+        return None if self.act is None else "activation"
+
+    @property
+    def qconfig(self) -> Any:
+        """Absent until set, where it only normalises; else refuses the conversion that would lose the rest.
+
+        ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces every BatchNorm by a plain SyncBatchNorm and asks
+        for this attribute on the way; an AttributeError would be swallowed there and the activation dropped.
+        """
+        if "_qconfig" in self.__dict__:
+            return self._qconfig
+        beyond = self._beyond()
+        if beyond is None:
+            raise AttributeError("qconfig")
+        name = f"{type(self).__name__}(act={self.act!r})"
+        raise RuntimeError(f"converting {name} to a plain normalisation would drop its {beyond}")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self._qconfig = value
+
+
+class BatchNormAct2d(_BatchNormWithAct):
     r"""``act(batch_norm(input) + residual)`` as a module; an :class:`torch.nn.BatchNorm2d` in all else.
 
     Args:
@@ -27,14 +72,6 @@ class BatchNormAct2d(Unscriptable, nn.BatchNorm2d):
     Raises:
         ValueError: an unknown ``act``.
     """
-
-    act: str | None
-
-    def __init__(self, num_features: int, *args: Any, act: str | None = "relu", **kwargs: Any) -> None:
-        super().__init__(num_features, *args, **kwargs)
-        if act not in ACTIVATIONS:
-            raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
-        self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, act: str | None = _OWN) -> Tensor:
         """Normalise ``input`` ``(N, C, H, W)``; ``act`` overrides the module's for this call."""
@@ -47,27 +84,48 @@ class BatchNormAct2d(Unscriptable, nn.BatchNorm2d):
     def _state(self, input: Tensor) -> dict[str, Any]:
         return batch_norm_state(self, input)
 
+
+class BatchNormActMaxPool2d(_BatchNormWithAct):
+    r"""``max_pool2d(act(batch_norm(input)))`` as a module; an :class:`torch.nn.BatchNorm2d` in all else.
+
+    Args:
+        act: ``"relu"`` or ``None``. Keyword only, as what follows; the other arguments are those of
+            :class:`torch.nn.BatchNorm2d`, and so are the parameters, the buffers and their names.
+        kernel_size, stride, padding, dilation, ceil_mode: of the pooling, as
+            :func:`fusedres.functional.batch_norm_act_max_pool2d`.
+
+    Raises:
+        ValueError: an unknown ``act``.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *args: Any,
+        kernel_size: Extent = 3,
+        stride: Extent | None = 2,
+        padding: Extent = 1,
+        dilation: Extent = 1,
+        ceil_mode: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.dilation, self.ceil_mode = dilation, ceil_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise and pool ``input`` ``(N, C, H, W)``."""
+        return batch_norm_act_max_pool2d(input, **batch_norm_state(self, input), act=self.act, **self._pooling())
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act!r}"
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self._pooling().items())])
 
-    @property
-    def qconfig(self) -> Any:
-        """Absent until set, without an activation; with one, refuses the conversion that would lose it.
+    def _pooling(self) -> dict[str, Any]:
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+        return {name: getattr(self, name) for name in names}
 
-        ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces every BatchNorm by a plain SyncBatchNorm and asks
-        for this attribute on the way; an AttributeError would be swallowed there and the activation dropped.
-        """
-        if "_qconfig" in self.__dict__:
-            return self._qconfig
-        if self.act is None:
-            raise AttributeError("qconfig")
-        raise RuntimeError(
-            f"converting BatchNormAct2d(act={self.act!r}) to a plain normalisation would drop its activation"
-        )
-
-    @qconfig.setter
-    def qconfig(self, value: Any) -> None:
-        self._qconfig = value
+    def _beyond(self) -> str:
+        return "pooling" if self.act is None else "activation and its pooling"
 
 
 def batch_norm_state(norm: nn.BatchNorm2d, input: Tensor) -> dict[str, Any]:

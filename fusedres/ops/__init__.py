@@ -3,6 +3,7 @@
 from fusedres.ops import add_batch_norm as add_batch_norm
 from fusedres.ops import batch_norm as batch_norm
 from fusedres.ops import batch_norm_conv as batch_norm_conv
+from fusedres.ops import batch_norm_pool as batch_norm_pool
 from fusedres.ops import layer_norm as layer_norm
 from fusedres.ops.dispatch import KERNEL_DTYPES as KERNEL_DTYPES
 from fusedres.ops.dispatch import autocast_dtypes as autocast_dtypes
@@ -10,6 +11,7 @@ from fusedres.ops.dispatch import autocasts as autocasts
 from fusedres.ops.dispatch import is_known as is_known
 from fusedres.ops.dispatch import layer_norm_refusal as layer_norm_refusal
 from fusedres.ops.dispatch import multiplies_itself as multiplies_itself
+from fusedres.ops.dispatch import pool_refusal as pool_refusal
 from fusedres.ops.dispatch import refusal as refusal
 from fusedres.ops.dispatch import tf32 as tf32
 from fusedres.ops.dispatch import use_kernels as use_kernels

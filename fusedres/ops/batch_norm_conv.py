@@ -275,7 +275,7 @@ class _BatchNormActConv2d(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:5]):  # the gradient of the convolution's bias is a sum over the incoming one
             ctx.save_for_backward(x, stats, conv_weight)
         ctx.eps, ctx.act, *ctx.geometry = args[-7:-1]
-        ctx.frozen = operator is torch.ops.fusedres.batch_norm_act_conv2d_inference.default
+        ctx.frozen = operator.__name__ == "batch_norm_act_conv2d_inference.default"
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (input, weight, bias))
         return out, stats
 
@@ -290,7 +290,7 @@ class _BatchNormActConv2d(torch.autograd.Function):
         if not any(needs[:4]):
             return None, None, None, None, None, grad.sum((0, 2, 3)), *skipped
         dtypes = (dtype if needed else None for dtype, needed in zip(ctx.dtypes, needs[:3], strict=True))
-        found = torch.ops.fusedres.batch_norm_act_conv2d_backward(
+        found = batch_norm_act_conv2d_backward(
             grad, None, *ctx.saved_tensors, ctx.eps, ctx.act, ctx.frozen, *ctx.geometry, *dtypes, needs[3:]
         )
         return None, *(d if needed else None for d, needed in zip(found, needs, strict=True)), *skipped
@@ -318,7 +318,7 @@ class _AddBatchNormActConv2d(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:6]):
             ctx.save_for_backward(s, stats, conv_weight)
         ctx.eps, ctx.act, *ctx.geometry = args[-7:-1]
-        ctx.frozen = operator is torch.ops.fusedres.add_batch_norm_act_conv2d_inference.default
+        ctx.frozen = operator.__name__ == "add_batch_norm_act_conv2d_inference.default"
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (input, residual, weight, bias))
         ctx.sum_dtype = s.dtype
         return s, out, stats
@@ -334,7 +334,7 @@ class _AddBatchNormActConv2d(torch.autograd.Function):
             # One gradient of both terms, as they want it; where they differ, as s is.
             terms = {dtype for dtype in dtypes[:2] if dtype is not None}
             term_dtype = next(iter(terms)) if len(terms) == 1 else (ctx.sum_dtype if terms else None)
-            term, *found = torch.ops.fusedres.batch_norm_act_conv2d_backward(
+            term, *found = batch_norm_act_conv2d_backward(
                 grad, grad_sum, *ctx.saved_tensors, ctx.eps, ctx.act, ctx.frozen, *ctx.geometry,
                 term_dtype, *dtypes[2:], [needs_conv_weight, needs_conv_bias],
             )  # fmt: skip
@@ -350,7 +350,7 @@ class _AddBatchNormActConv2d(torch.autograd.Function):
 
 _CONVOLUTION = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 
-register(
+batch_norm_act_conv2d = register(
     "batch_norm_act_conv2d(Tensor input, Tensor? weight, Tensor? bias, Tensor conv_weight, Tensor? conv_bias, "
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
     f"str? act, {_CONVOLUTION}, bool save_for_backward) -> (Tensor out, Tensor stats)",
@@ -359,7 +359,7 @@ register(
     _BatchNormActConv2d,
     counter=7,
 )
-register(
+batch_norm_act_conv2d_inference = register(
     "batch_norm_act_conv2d_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor conv_weight, "
     "Tensor? conv_bias, Tensor running_mean, Tensor running_var, float eps, str? act, "
     f"{_CONVOLUTION}, bool save_for_backward) -> (Tensor out, Tensor stats)",
@@ -367,7 +367,7 @@ register(
     _fake_batch_norm_act_conv2d_inference,
     _BatchNormActConv2d,
 )
-register(
+add_batch_norm_act_conv2d = register(
     "add_batch_norm_act_conv2d(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor conv_weight, "
     "Tensor? conv_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
     f"float? momentum, float eps, str? act, {_CONVOLUTION}, bool save_for_backward) "
@@ -377,7 +377,7 @@ register(
     _AddBatchNormActConv2d,
     counter=8,
 )
-register(
+add_batch_norm_act_conv2d_inference = register(
     "add_batch_norm_act_conv2d_inference(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, "
     "Tensor conv_weight, Tensor? conv_bias, Tensor running_mean, Tensor running_var, float eps, str? act, "
     f"{_CONVOLUTION}, bool save_for_backward) -> (Tensor sum, Tensor out, Tensor stats)",
@@ -385,7 +385,7 @@ register(
     _fake_add_batch_norm_act_conv2d_inference,
     _AddBatchNormActConv2d,
 )
-register(
+batch_norm_act_conv2d_backward = register(
     "batch_norm_act_conv2d_backward(Tensor grad, Tensor? grad_sum, Tensor input, Tensor stats, Tensor conv_weight, "
     f"float eps, str? act, bool frozen, {_CONVOLUTION}, ScalarType? input_dtype, ScalarType? weight_dtype, "
     "ScalarType? bias_dtype, bool[2] needs_conv) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from fusedres.kernels.layout import MAX_WINDOW
 from fusedres.kernels.tiling import MAX_LAYER_NORM, fuses_layer_norm_linear, fuses_linear_layer_norm
 from fusedres.kernels.workspace import num_sms
 
@@ -70,6 +73,17 @@ def backend() -> str:
 def layer_norm_refusal(features: int) -> str | None:
     """Why no kernel normalises rows of so many features; ``None`` when one does."""
     return f"no kernel normalises over more than {MAX_LAYER_NORM} features" if features > MAX_LAYER_NORM else None
+
+
+def pool_refusal(kernel_size: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> str | None:
+    """Why no kernel pools with such windows; ``None`` when one does."""
+    if any(step != 1 for step in dilation):
+        return f"no kernel pools with a dilation of {tuple(dilation)}"
+    if ceil_mode:
+        return "no kernel pools in ceil mode"
+    if math.prod(kernel_size) > MAX_WINDOW:
+        return f"no kernel pools over more than {MAX_WINDOW} elements"
+    return None
 
 
 def multiplies_itself(norm_first: bool, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -18,7 +18,7 @@ _library = torch.library.Library("fusedres", "FRAGMENT")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_SCALARS = frozenset((type(None), bool, int, float, str, torch.dtype))
+_VALUES = frozenset((type(None), bool, int, float, str, torch.dtype, tuple, list))  # sequences of numbers
 
 
 def register(
@@ -101,7 +101,7 @@ def _unobserved(args: tuple[Any, ...]) -> bool:
         if kind in _PLAIN:
             if arg.is_neg():
                 return False
-        elif kind not in _SCALARS:
+        elif kind not in _VALUES:
             return False
     return True
 

@@ -5,6 +5,8 @@ It is the path taken on devices and for dtypes that no kernel covers, and what t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,6 +59,17 @@ def add_batch_norm_act(
         act=act, num_batches_tracked=num_batches_tracked,
     )  # fmt: skip
     return total, out
+
+
+def batch_norm_add_batch_norm_act(
+    input: Tensor, other: Tensor, norm: tuple[Any, ...], other_norm: tuple[Any, ...], *, act: str | None = None
+) -> Tensor:
+    """``act(batch_norm(input) + batch_norm(other))``, ``input`` first; the norms hold the arguments after ``input``.
+
+    Arguments as :func:`fusedres.functional.batch_norm_add_batch_norm_act`.
+    """
+    normalised = batch_norm_act(input, *norm[:7], num_batches_tracked=norm[7])
+    return batch_norm_act(other, *other_norm[:7], residual=normalised, act=act, num_batches_tracked=other_norm[7])
 
 
 def layer_norm_linear_act(

@@ -46,23 +46,23 @@ def _block_c(view: Rows, wanted: int) -> int:
     return max(min(wanted, next_power_of_2(view.C)), next_power_of_2(cdiv(view.C, MAX_CHANNEL_TILES)))
 
 
-def _thinning(view: Rows, itemsize: int) -> int:
+def _thinning(view: Rows, itemsize: int, tensors: int = 1) -> int:
     """By what a thread has fewer elements than 16, because addresses take registers too.
 
     Accesses that are not 128 bits wide have one address an element. In float32 the same bytes are half the elements.
-    A row of NCHW has a 64-bit offset, as a tile may cross images.
+    A row of NCHW has a 64-bit offset, as a tile may cross images. ``tensors``: how many of them are normalised at once.
     """
     if view.align * itemsize < 16:
         return 4
-    return 1 if view.channels_last and itemsize == 2 else 2
+    return max(tensors, 1 if view.channels_last and itemsize == 2 else 2)
 
 
-def _tile(view: Rows, itemsize: int) -> tuple[int, int]:
+def _tile(view: Rows, itemsize: int, tensors: int = 1) -> tuple[int, int]:
     """(block_m, block_c): two sectors (64 bytes) of channels when they are contiguous, else up to 1024 rows.
 
     64 bytes put all eight rows of a mask byte into one warp; at 128 they cross warps, through shared memory.
     """
-    elements = TILE_ELEMENTS // _thinning(view, itemsize)
+    elements = TILE_ELEMENTS // _thinning(view, itemsize, tensors)
     if view.channels_last:
         block_c = _block_c(view, 64 // itemsize)
         return max(8, min(elements // block_c, next_power_of_2(view.M))), block_c
@@ -70,34 +70,34 @@ def _tile(view: Rows, itemsize: int) -> tuple[int, int]:
     return block_m, _block_c(view, max(1, elements // block_m))
 
 
-def _num_warps(view: Rows, itemsize: int, elements: int) -> int:
-    return max(1, min(16, elements * _thinning(view, itemsize) // (32 * 16)))
+def _num_warps(view: Rows, itemsize: int, elements: int, tensors: int = 1) -> int:
+    return max(1, min(16, elements * _thinning(view, itemsize, tensors) // (32 * 16)))
 
 
-def elementwise(view: Rows, itemsize: int) -> Tiling:
+def elementwise(view: Rows, itemsize: int, tensors: int = 1) -> Tiling:
     """For the apply kernels: every program a fixed number of consecutive rows."""
-    block_m, block_c = _tile(view, itemsize)
+    block_m, block_c = _tile(view, itemsize, tensors)
     tiles = max(1, MIN_ROWS // block_m)
     return Tiling(
         block_m,
         block_c,
-        _num_warps(view, itemsize, block_m * block_c),
+        _num_warps(view, itemsize, block_m * block_c, tensors),
         cdiv(view.M, tiles * block_m),
         cdiv(view.C, block_c),
         tiles,
     )
 
 
-def reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
+def reduction(view: Rows, itemsize: int, num_sms: int, tensors: int = 1) -> Tiling:
     """For the statistics and the backward reduction: a few programs for every multiprocessor."""
-    block_m, block_c = _tile(view, itemsize)
+    block_m, block_c = _tile(view, itemsize, tensors)
     channel_tiles = cdiv(view.C, block_c)
     wanted = max(1, num_sms * PROGRAMS_PER_SM // channel_tiles)
     programs = max(1, min(wanted, view.M // max(2 * MIN_ROWS, block_m)))
     return Tiling(
         block_m,
         block_c,
-        _num_warps(view, itemsize, block_m * block_c),
+        _num_warps(view, itemsize, block_m * block_c, tensors),
         programs,
         channel_tiles,
         cdiv(cdiv(view.M, block_m), programs),

@@ -2,7 +2,11 @@
 
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
 from fusedres.functional.checks import ACTIVATIONS as ACTIVATIONS  # for nn
-from fusedres.functional.checks import BatchNormState as BatchNormState  # for fusion
+from fusedres.functional.checks import BatchNormState as BatchNormState
+from fusedres.functional.join import batch_norm_add_batch_norm_act
+from fusedres.functional.join import (
+    forked_batch_norm_add_batch_norm_act as forked_batch_norm_add_batch_norm_act,  # for fusion
+)
 from fusedres.functional.linear import layer_norm_linear_act, linear_layer_norm_act
 from fusedres.ops import KERNEL_DTYPES as KERNEL_DTYPES  # for explain, as what follows
 from fusedres.ops import autocasts as autocasts
@@ -10,4 +14,10 @@ from fusedres.ops import layer_norm_refusal as layer_norm_refusal
 from fusedres.ops import multiplies_itself as multiplies_itself
 from fusedres.ops import refusal as refusal
 
-__all__ = ["add_batch_norm_act", "batch_norm_act", "layer_norm_linear_act", "linear_layer_norm_act"]
+__all__ = [
+    "add_batch_norm_act",
+    "batch_norm_act",
+    "batch_norm_add_batch_norm_act",
+    "layer_norm_linear_act",
+    "linear_layer_norm_act",
+]

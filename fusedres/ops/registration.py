@@ -22,12 +22,12 @@ def register(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     function: type[torch.autograd.Function] | None = None,
-    counter: int | None = None,
+    counter: int | tuple[int, ...] = (),
 ) -> None:
     """Define ``fusedres::<schema>`` for CPU and CUDA tensors.
 
     Empty inputs, for which nothing can be launched, have the outputs of ``fake``, filled with zeros; the argument
-    ``counter``, if any, counts them all the same.
+    ``counter``, or each of several, counts them all the same.
 
     With ``function``, the last argument of the operator is ``save_for_backward``: where it is true the call goes to
     ``function.apply(operator, *arguments)``.
@@ -37,8 +37,9 @@ def register(
     def run(*args: Any) -> Any:
         if args[0].numel() > 0:
             return implementation(*args)
-        if counter is not None and args[counter] is not None:
-            args[counter].add_(1)
+        for place in (counter,) if isinstance(counter, int) else counter:
+            if args[place] is not None:
+                args[place].add_(1)
         outputs = fake(*args)
         return outputs.zero_() if isinstance(outputs, Tensor) else tuple(output.zero_() for output in outputs)
 

@@ -198,7 +198,7 @@ def batch_norm_join_forward(
     One launch where a channel tile of both fits on-chip, else three: statistics of a, of b, and the sum.
     """
     view = rows(a)
-    config = tiling.on_chip(view, a.itemsize)
+    config = tiling.on_chip(view, a.itemsize, tensors=2)
     if config is not None:
         return batch_norm_join_fwd_on_chip(a, b, view, config, norm_a, norm_b, act)
     stats_a = batch_norm_fwd_stats(a, view, *norm_a)

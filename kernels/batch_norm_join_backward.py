@@ -271,7 +271,7 @@ def batch_norm_join_backward(
     if frozen:
         batch_norm_join_bwd_reduce(*given, act, out)
         return
-    config = tiling.on_chip(view, a.itemsize)
+    config = tiling.on_chip(view, a.itemsize, tensors=2)
     if config is not None:
         batch_norm_join_bwd_on_chip(*given, config, act, out)
         return

@@ -46,13 +46,18 @@ def _block_c(view: Rows, wanted: int) -> int:
     return max(min(wanted, next_power_of_2(view.C)), next_power_of_2(cdiv(view.C, MAX_CHANNEL_TILES)))
 
 
+def _scattered(view: Rows, itemsize: int) -> bool:
+    """Whether accesses cannot be 128 bits wide, so that every element has an address of its own."""
+    return view.align * itemsize < 16
+
+
 def _thinning(view: Rows, itemsize: int, tensors: int = 1) -> int:
     """By what a thread has fewer elements than 16, because addresses take registers too.
 
-    Accesses that are not 128 bits wide have one address an element. In float32 the same bytes are half the elements.
-    A row of NCHW has a 64-bit offset, as a tile may cross images. ``tensors``: how many of them are normalised at once.
+    In float32 the same bytes are half the elements. A row of NCHW has a 64-bit offset, as a tile may cross images.
+    ``tensors``: how many of them a kernel normalises, each with vectors of its own for the channels of a thread.
     """
-    if view.align * itemsize < 16:
+    if _scattered(view, itemsize):
         return 4
     return max(tensors, 1 if view.channels_last and itemsize == 2 else 2)
 
@@ -67,7 +72,8 @@ def _tile(view: Rows, itemsize: int, tensors: int = 1) -> tuple[int, int]:
         block_c = _block_c(view, 64 // itemsize)
         return max(8, min(elements // block_c, next_power_of_2(view.M))), block_c
     block_m = max(8, min(1024, next_power_of_2(view.M)))
-    return block_m, _block_c(view, max(1, elements // block_m))
+    block_c = _block_c(view, max(1, elements // block_m))
+    return max(8, min(block_m, elements // block_c)), block_c
 
 
 def _num_warps(view: Rows, itemsize: int, elements: int, tensors: int = 1) -> int:
@@ -104,16 +110,19 @@ def reduction(view: Rows, itemsize: int, num_sms: int, tensors: int = 1) -> Tili
     )
 
 
-def on_chip(view: Rows, itemsize: int) -> Tiling | None:
+def on_chip(view: Rows, itemsize: int, tensors: int = 1) -> Tiling | None:
     """For the single-launch kernels: all rows of a channel tile in registers; ``None`` where they do not fit.
 
-    A tile has at least one 32-byte sector of contiguous channels; narrower ones waste bandwidth.
+    A tile has at least one 32-byte sector of contiguous channels; narrower ones waste bandwidth. Of several tensors
+    that are normalised a thread holds as much as of one, but for scattered elements, whose addresses last longer.
     """
     block_m = max(8, next_power_of_2(view.M))
     block_c = _block_c(view, 32 // itemsize if view.channels_last else max(1, 1024 // block_m))
-    if block_m * block_c > ON_CHIP_ELEMENTS // _thinning(view, itemsize):
+    elements = block_m * block_c
+    if elements > ON_CHIP_ELEMENTS // _thinning(view, itemsize):
         return None
-    return Tiling(block_m, block_c, _num_warps(view, itemsize, block_m * block_c), 1, cdiv(view.C, block_c), 1)
+    warps = _num_warps(view, itemsize, elements * (tensors if _scattered(view, itemsize) else 1))
+    return Tiling(block_m, block_c, warps, 1, cdiv(view.C, block_c), 1)
 
 
 MAX_LAYER_NORM = 8192  # features that a row kernel holds in registers

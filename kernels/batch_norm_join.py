@@ -64,8 +64,16 @@ def _running_map(norm, stats_ptr, offs_c, mask_c, store, C, EPS: tl.constexpr):
 
 
 @triton.jit
-def _batch_map(x, mask_m, norm, stats_ptr, counter_ptr, offs_c, mask_c, M, C, EPS: tl.constexpr):
-    """The same from all values x of the channels; fills ``stats``, updates the running statistics."""
+def _batch_map(
+    x, mask_m, norm, stats_ptr, counters_ptr, offs_c, mask_c, M, C, PLACE: tl.constexpr, EPS: tl.constexpr
+):  # fmt: skip
+    """The same from all values x of the channels; fills ``stats``, updates the running statistics.
+
+    PLACE: of the counter that is the norm's own. There are none where no norm counts batches.
+    """
+    counter_ptr = counters_ptr
+    if norm[4] is not None:
+        counter_ptr = counters_ptr + PLACE
     mean, var = _moments(mask_m.to(tl.float32), x, 0.0)
     scale, shift = _affine(mean, var, norm[0], norm[1], stats_ptr, offs_c, mask_c, True, C, EPS)
     _update_running(
@@ -139,9 +147,8 @@ def _batch_norm_join_fwd_on_chip_kernel(
     base, offsets = _tile_offsets(row0, offs_c, C, S, BLOCK_M, CHANNELS_LAST)
     a = tl.load(a_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-    # Each norm counts its own arrivals: the batch counters are incremented by the last of them.
-    map_a = _batch_map(a, mask_m, norm_a, stats_a_ptr, counters_ptr, offs_c, mask_c, M, C, EPS_A)
-    map_b = _batch_map(b, mask_m, norm_b, stats_b_ptr, counters_ptr + 1, offs_c, mask_c, M, C, EPS_B)
+    map_a = _batch_map(a, mask_m, norm_a, stats_a_ptr, counters_ptr, offs_c, mask_c, M, C, 0, EPS_A)
+    map_b = _batch_map(b, mask_m, norm_b, stats_b_ptr, counters_ptr, offs_c, mask_c, M, C, 1, EPS_B)
     z = _join(a - map_a[0][None, :], b - map_b[0][None, :], map_a, map_b)
     _store_activation(z, y_ptr, base, offsets, mask, RELU)
 

@@ -47,10 +47,14 @@ def _gradient_tile(
     dy_ptr, dfork_ptr, a_ptr, b_ptr, map_a, map_b, base, offsets, mask,
     RELU: tl.constexpr, NEEDS_INPUTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """(g, a − mean, b − mean) of one tile; the last two are not loaded, and 0, unless NEEDS_INPUTS."""
+    """(g, a − mean, b − mean) of one tile; the last two are not loaded, and 0, unless NEEDS_INPUTS.
+
+    A sum of two gradients is rounded to their dtype, as it may be stored, and as eager rounds it.
+    """
     g = tl.load(dy_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if dfork_ptr is not None:
         g += tl.load(dfork_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        g = g.to(dy_ptr.dtype.element_ty).to(tl.float32)
     a_centred = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     b_centred = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     if NEEDS_INPUTS:
@@ -109,10 +113,7 @@ def _batch_norm_join_bwd_reduce_kernel(
             RELU, RELU or sums_ptr is not None, BLOCK_M, BLOCK_C,
         )  # fmt: skip
         if dsum_ptr is not None:
-            # Rounded like what is stored, so that the apply kernel computes with the same values.
-            rounded = g.to(dsum_ptr.dtype.element_ty)
-            tl.store(dsum_ptr + base + offsets, rounded, mask=mask)
-            g = rounded.to(tl.float32)
+            tl.store(dsum_ptr + base + offsets, g.to(dsum_ptr.dtype.element_ty), mask=mask)
         sum_g += g
         sum_ga += g * a_centred
         sum_gb += g * b_centred

@@ -46,19 +46,15 @@ def _block_c(view: Rows, wanted: int) -> int:
     return max(min(wanted, next_power_of_2(view.C)), next_power_of_2(cdiv(view.C, MAX_CHANNEL_TILES)))
 
 
-def _scattered(view: Rows, itemsize: int) -> bool:
-    """Whether accesses cannot be 128 bits wide, so that every element has an address of its own."""
-    return view.align * itemsize < 16
-
-
 def _thinning(view: Rows, itemsize: int, tensors: int = 1) -> int:
     """By what a thread has fewer elements than 16, because addresses take registers too.
 
-    In float32 the same bytes are half the elements. A row of NCHW has a 64-bit offset, as a tile may cross images.
-    ``tensors``: how many of them a kernel normalises, each with vectors of its own for the channels of a thread.
+    Accesses that are not 128 bits wide have one address an element. In float32 the same bytes are half the elements.
+    A row of NCHW has a 64-bit offset, as a tile may cross images. Of several ``tensors`` that are normalised together
+    each has vectors of its own for the channels of a thread.
     """
-    if _scattered(view, itemsize):
-        return 4
+    if view.align * itemsize < 16:
+        return 4 * tensors
     return max(tensors, 1 if view.channels_last and itemsize == 2 else 2)
 
 
@@ -113,15 +109,14 @@ def reduction(view: Rows, itemsize: int, num_sms: int, tensors: int = 1) -> Tili
 def on_chip(view: Rows, itemsize: int, tensors: int = 1) -> Tiling | None:
     """For the single-launch kernels: all rows of a channel tile in registers; ``None`` where they do not fit.
 
-    A tile has at least one 32-byte sector of contiguous channels; narrower ones waste bandwidth. Of several tensors
-    that are normalised a thread holds as much as of one, but for scattered elements, whose addresses last longer.
+    A tile has at least one 32-byte sector of contiguous channels; narrower ones waste bandwidth. Several tensors take
+    more warps, where there are more, and no smaller tile.
     """
     block_m = max(8, next_power_of_2(view.M))
     block_c = _block_c(view, 32 // itemsize if view.channels_last else max(1, 1024 // block_m))
-    elements = block_m * block_c
-    if elements > ON_CHIP_ELEMENTS // _thinning(view, itemsize):
+    if block_m * block_c > ON_CHIP_ELEMENTS // _thinning(view, itemsize):
         return None
-    warps = _num_warps(view, itemsize, elements * (tensors if _scattered(view, itemsize) else 1))
+    warps = _num_warps(view, itemsize, block_m * block_c, tensors)
     return Tiling(block_m, block_c, warps, 1, cdiv(view.C, block_c), 1)
 
 

@@ -29,12 +29,14 @@ VARIABLES = (
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS",
 )  # fmt: skip
 _BATCH_NORM = {"input": (8, 20, 7, 9), "weight": (20,), "bias": (20,), "running_mean": (20,), "running_var": (20,)}
+_OTHER_NORM = {f"other_{name}": shape for name, shape in _BATCH_NORM.items() if name != "input"}
 _LINEAR = {"input": (48, 40), "weight": (24, 40), "bias": (24,)}
 # function -> shapes of its tensors
 FUNCTIONS: dict[str, dict[str, tuple[int, ...]]] = {
     "batch_norm_act": _BATCH_NORM,
     "batch_norm_act + residual": _BATCH_NORM | {"residual": (8, 20, 7, 9)},
     "add_batch_norm_act": _BATCH_NORM | {"residual": (8, 20, 7, 9)},
+    "batch_norm_add_batch_norm_act": _BATCH_NORM | {"other": (8, 20, 7, 9)} | _OTHER_NORM,
     "layer_norm_linear_act": _LINEAR | {"ln_weight": (40,), "ln_bias": (40,)},
     "linear_layer_norm_act": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,)},
     "linear_layer_norm_act + residual": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,), "residual": (48, 24)},
@@ -106,7 +108,8 @@ def _tensors(function: str, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in FUNCTIONS[function].items()}
     if "running_var" in tensors:
-        tensors["running_var"].abs_()
+        for name in tensors.keys() & {"running_var", "other_running_var"}:
+            tensors[name].abs_()
         return {name: t.to(dtype) if t.dim() > 1 else t for name, t in tensors.items()}
     return {name: t.to(dtype) for name, t in tensors.items()}
 
@@ -125,7 +128,16 @@ def _cotangents(function: str, tensors: dict[str, Tensor], dtype: torch.dtype) -
 
 def _call(library: Any, function: str, tensors: dict[str, Tensor], act: str | None) -> tuple[Tensor, ...]:
     training = {"training": True} if "running_var" in tensors else {}
-    outputs = getattr(library, function.split()[0])(**tensors, **training, act=act)
+    if "other" in tensors:
+        norms = [
+            functional.BatchNormState(
+                **{name: tensors[prefix + name] for name in _BATCH_NORM if name != "input"}, **training
+            )
+            for prefix in ("", "other_")
+        ]
+        outputs = getattr(library, function)(tensors["input"], tensors["other"], *norms, act=act)
+    else:
+        outputs = getattr(library, function.split()[0])(**tensors, **training, act=act)
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
@@ -138,10 +150,7 @@ def _run(
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Outputs, gradients and running statistics by name, of copies of ``tensors``."""
-    given = {
-        name: t.to(device, dtype, copy=True).requires_grad_(not name.startswith("running"))
-        for name, t in tensors.items()
-    }
+    given = {name: t.to(device, dtype, copy=True).requires_grad_("running" not in name) for name, t in tensors.items()}
     outputs = _call(library, function, given, act="relu")
     grads = [grad.to(out.device, out.dtype) for grad, out in zip(cotangents, outputs, strict=True)]
     torch.autograd.backward(outputs, grads)

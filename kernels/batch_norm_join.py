@@ -44,6 +44,9 @@ class Norm(NamedTuple):
 
 _UNUSED = Norm(None, None, None, None, None, None, 0.0)  # where statistics are given
 
+# In the kernels norm[0] is the weight, [1] the bias, [2] and [3] the running mean and variance, [4] the batch counter
+# and [5] the momentum, each None where there is none.
+
 
 @triton.jit
 def _load_map(stats_ptr, offs_c, mask_c, C):

@@ -247,6 +247,7 @@ def test_two_readers_are_their_sum(device, training, shape, dtype):
     """To the last bit."""
     inputs = join_inputs(shape, dtype, fork=True).map(lambda t: t.to(device))
     actual = run(inputs, training, "relu")
+    assert inputs.grad_fork is not None
     inputs.grad, inputs.grad_fork = inputs.grad + inputs.grad_fork, None
     expected = run_join(batch_norm_add_batch_norm_act, inputs, training, "relu")
     for name, tensor in expected.items():

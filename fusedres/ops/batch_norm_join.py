@@ -49,10 +49,10 @@ def _batch_norm_join(
         contiguous(other_weight), contiguous(other_bias), other_mean, other_var, other_num_batches_tracked,
         other_momentum, other_eps,
     )  # fmt: skip
-    out, *stats = batch_norm_join_forward(a, dense_like(other, a), norm_a, norm_b, act)
+    out, stats, other_stats = batch_norm_join_forward(a, dense_like(other, a), norm_a, norm_b, act)
     finish_update(running_mean, running_var, num_batches_tracked, mean, var)
     finish_update(other_running_mean, other_running_var, other_num_batches_tracked, other_mean, other_var)
-    return out, out.new_empty(0), *stats
+    return out, out.new_empty(0), stats, other_stats
 
 
 def _batch_norm_join_inference(
@@ -75,13 +75,16 @@ def _batch_norm_join_inference(
     from fusedres.kernels.batch_norm_join import Norm, batch_norm_join_inference_forward
 
     a = dense(input)
-    vectors = (weight, bias, running_mean, running_var)
-    others = (other_weight, other_bias, other_running_mean, other_running_var)
-    norm_a = Norm(*map(contiguous, vectors), None, None, eps)
-    norm_b = Norm(*map(contiguous, others), None, None, other_eps)
+    norm_a = Norm(
+        contiguous(weight), contiguous(bias), contiguous(running_mean), contiguous(running_var), None, None, eps
+    )
+    norm_b = Norm(
+        contiguous(other_weight), contiguous(other_bias), contiguous(other_running_mean),
+        contiguous(other_running_var), None, None, other_eps,
+    )  # fmt: skip
     b = dense_like(other, a)
-    out, *stats = batch_norm_join_inference_forward(a, b, norm_a, norm_b, act, save_for_backward)
-    return out, out.new_empty(0), *stats
+    out, stats, other_stats = batch_norm_join_inference_forward(a, b, norm_a, norm_b, act, save_for_backward)
+    return out, out.new_empty(0), stats, other_stats
 
 
 def _batch_norm_join_backward(

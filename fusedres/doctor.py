@@ -31,6 +31,7 @@ VARIABLES = (
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS",
 )  # fmt: skip
 _BATCH_NORM = {"input": (8, 20, 7, 9), "weight": (20,), "bias": (20,), "running_mean": (20,), "running_var": (20,)}
+_OTHER_NORM = {f"other_{name}": shape for name, shape in _BATCH_NORM.items() if name != "input"}
 _LINEAR = {"input": (48, 40), "weight": (24, 40), "bias": (24,)}
 # function -> shapes of its tensors
 FUNCTIONS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -41,6 +42,7 @@ FUNCTIONS: dict[str, dict[str, tuple[int, ...]]] = {
     "add_batch_norm_act_conv2d": _BATCH_NORM
     | {"residual": (8, 20, 7, 9), "conv_weight": (12, 20, 3, 3), "conv_bias": (12,)},
     "batch_norm_act_max_pool2d": _BATCH_NORM,
+    "batch_norm_add_batch_norm_act": _BATCH_NORM | {"other": (8, 20, 7, 9)} | _OTHER_NORM,
     "layer_norm_linear_act": _LINEAR | {"ln_weight": (40,), "ln_bias": (40,)},
     "linear_layer_norm_act": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,)},
     "linear_layer_norm_act + residual": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,), "residual": (48, 24)},
@@ -117,7 +119,8 @@ def _tensors(function: str, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors["weight"].abs_().add_(0.5)
         tensors["bias"].clamp_(-0.1, 0.1)
     if "running_var" in tensors:
-        tensors["running_var"].abs_()
+        for name in tensors.keys() & {"running_var", "other_running_var"}:
+            tensors[name].abs_()
         return {name: t.to(dtype) if t.dim() > 1 or name == "conv_bias" else t for name, t in tensors.items()}
     return {name: t.to(dtype) for name, t in tensors.items()}
 
@@ -147,7 +150,16 @@ def _margin(tensors: dict[str, Tensor]) -> Tensor:
 
 def _call(library: Any, function: str, tensors: dict[str, Tensor], act: str | None) -> tuple[Tensor, ...]:
     training = {"training": True} if "running_var" in tensors else {}
-    outputs = getattr(library, function.split()[0])(**tensors, **training, act=act)
+    if "other" in tensors:
+        norms = [
+            functional.BatchNormState(
+                **{name: tensors[prefix + name] for name in _BATCH_NORM if name != "input"}, **training
+            )
+            for prefix in ("", "other_")
+        ]
+        outputs = getattr(library, function)(tensors["input"], tensors["other"], *norms, act=act)
+    else:
+        outputs = getattr(library, function.split()[0])(**tensors, **training, act=act)
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
@@ -160,10 +172,7 @@ def _run(
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Outputs, gradients and running statistics by name, of copies of ``tensors``."""
-    given = {
-        name: t.to(device, dtype, copy=True).requires_grad_(not name.startswith("running"))
-        for name, t in tensors.items()
-    }
+    given = {name: t.to(device, dtype, copy=True).requires_grad_("running" not in name) for name, t in tensors.items()}
     outputs = _call(library, function, given, act="relu")
     grads = [grad.to(out.device, out.dtype) for grad, out in zip(cotangents, outputs, strict=True)]
     torch.autograd.backward(outputs, grads)

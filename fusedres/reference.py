@@ -136,6 +136,17 @@ def batch_norm_act_max_pool2d(
     return F.max_pool2d(out, kernel_size, stride, padding, dilation, ceil_mode)
 
 
+def batch_norm_add_batch_norm_act(
+    input: Tensor, other: Tensor, norm: tuple[Any, ...], other_norm: tuple[Any, ...], *, act: str | None = None
+) -> Tensor:
+    """``act(batch_norm(input) + batch_norm(other))``, ``input`` first; the norms hold the arguments after ``input``.
+
+    Arguments as :func:`fusedres.functional.batch_norm_add_batch_norm_act`.
+    """
+    normalised = batch_norm_act(input, *norm[:7], num_batches_tracked=norm[7])
+    return batch_norm_act(other, *other_norm[:7], residual=normalised, act=act, num_batches_tracked=other_norm[7])
+
+
 def layer_norm_linear_act(
     input: Tensor,
     ln_weight: Tensor | None,

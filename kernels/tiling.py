@@ -49,39 +49,41 @@ def _block_c(view: Rows, wanted: int) -> int:
     return max(min(wanted, next_power_of_2(view.C)), next_power_of_2(cdiv(view.C, MAX_CHANNEL_TILES)))
 
 
-def _thinning(view: Rows, itemsize: int) -> int:
+def _thinning(view: Rows, itemsize: int, tensors: int = 1) -> int:
     """By what a thread has fewer elements than 16, because addresses take registers too.
 
     Accesses that are not 128 bits wide have one address an element. In float32 the same bytes are half the elements.
-    A row of NCHW has a 64-bit offset, as a tile may cross images.
+    A row of NCHW has a 64-bit offset, as a tile may cross images. Of several ``tensors`` that are normalised together
+    each has vectors of its own for the channels of a thread.
     """
     if view.align * itemsize < 16:
-        return 4
-    return 1 if view.channels_last and itemsize == 2 else 2
+        return 4 * tensors
+    return max(tensors, 1 if view.channels_last and itemsize == 2 else 2)
 
 
-def _tile(view: Rows, itemsize: int) -> tuple[int, int]:
+def _tile(view: Rows, itemsize: int, tensors: int = 1) -> tuple[int, int]:
     """(block_m, block_c): two sectors (64 bytes) of channels when they are contiguous, else up to 1024 rows.
 
     64 bytes put all eight rows of a mask byte into one warp; at 128 they cross warps, through shared memory.
     """
-    elements = TILE_ELEMENTS // _thinning(view, itemsize)
+    elements = TILE_ELEMENTS // _thinning(view, itemsize, tensors)
     if view.channels_last:
         block_c = _block_c(view, 64 // itemsize)
         return max(8, min(elements // block_c, next_power_of_2(view.M))), block_c
     block_m = max(8, min(1024, next_power_of_2(view.M)))
-    return block_m, _block_c(view, max(1, elements // block_m))
+    block_c = _block_c(view, max(1, elements // block_m))
+    return max(8, min(block_m, elements // block_c)), block_c
 
 
-def _num_warps(view: Rows, itemsize: int, elements: int) -> int:
-    return max(1, min(16, elements * _thinning(view, itemsize) // (32 * 16)))
+def _num_warps(view: Rows, itemsize: int, elements: int, tensors: int = 1) -> int:
+    return max(1, min(16, elements * _thinning(view, itemsize, tensors) // (32 * 16)))
 
 
 @functools.lru_cache(SHAPES)
-def elementwise(view: Rows, itemsize: int) -> Tiling:
+def elementwise(view: Rows, itemsize: int, tensors: int = 1) -> Tiling:
     """For the apply kernels: every program a fixed number of consecutive rows."""
-    block_m, block_c = _tile(view, itemsize)
-    return _consecutive(view, block_m, block_c, _num_warps(view, itemsize, block_m * block_c))
+    block_m, block_c = _tile(view, itemsize, tensors)
+    return _consecutive(view, block_m, block_c, _num_warps(view, itemsize, block_m * block_c, tensors))
 
 
 def _consecutive(view: Rows, block_m: int, block_c: int, num_warps: int) -> Tiling:
@@ -90,10 +92,10 @@ def _consecutive(view: Rows, block_m: int, block_c: int, num_warps: int) -> Tili
 
 
 @functools.lru_cache(SHAPES)
-def reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
+def reduction(view: Rows, itemsize: int, num_sms: int, tensors: int = 1) -> Tiling:
     """For the statistics and the backward reduction: a few programs for every multiprocessor."""
-    block_m, block_c = _tile(view, itemsize)
-    return _dealt(view, block_m, block_c, _num_warps(view, itemsize, block_m * block_c), num_sms)
+    block_m, block_c = _tile(view, itemsize, tensors)
+    return _dealt(view, block_m, block_c, _num_warps(view, itemsize, block_m * block_c, tensors), num_sms)
 
 
 def _dealt(view: Rows, block_m: int, block_c: int, num_warps: int, num_sms: int) -> Tiling:
@@ -116,27 +118,31 @@ def _pool_tile(view: Rows, itemsize: int) -> tuple[int, int, int]:
     return block_m, block_c, max(1, min(8, block_m * block_c // (32 * each)))
 
 
+@functools.lru_cache(SHAPES)
 def pool_elementwise(view: Rows, itemsize: int) -> Tiling:
     """For the pooling forward, over outputs, and the apply kernel of its backward, over cells."""
     return _consecutive(view, *_pool_tile(view, itemsize))
 
 
+@functools.lru_cache(SHAPES)
 def pool_reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
     """For the reduction of the pooling backward, over cells."""
     return _dealt(view, *_pool_tile(view, itemsize), num_sms)
 
 
 @functools.lru_cache(SHAPES)
-def on_chip(view: Rows, itemsize: int) -> Tiling | None:
+def on_chip(view: Rows, itemsize: int, tensors: int = 1) -> Tiling | None:
     """For the single-launch kernels: all rows of a channel tile in registers; ``None`` where they do not fit.
 
-    A tile has at least one 32-byte sector of contiguous channels; narrower ones waste bandwidth.
+    A tile has at least one 32-byte sector of contiguous channels; narrower ones waste bandwidth. Several tensors take
+    more warps, where there are more, and no smaller tile.
     """
     block_m = max(8, next_power_of_2(view.M))
     block_c = _block_c(view, 32 // itemsize if view.channels_last else max(1, 1024 // block_m))
     if block_m * block_c > ON_CHIP_ELEMENTS // _thinning(view, itemsize):
         return None
-    return Tiling(block_m, block_c, _num_warps(view, itemsize, block_m * block_c), 1, cdiv(view.C, block_c), 1)
+    warps = _num_warps(view, itemsize, block_m * block_c, tensors)
+    return Tiling(block_m, block_c, warps, 1, cdiv(view.C, block_c), 1)
 
 
 @functools.lru_cache(SHAPES)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import results
-from benchmarks.suites import traffic_batch_norm, traffic_linear
+from benchmarks.suites import traffic_batch_norm, traffic_join, traffic_linear
 from benchmarks.suites.traffic import SUBJECTS, complaints, measure
 from fusedres.kernels import batch_norm_forward
 
@@ -24,6 +24,8 @@ EAGER = {
     "add_batch_norm_act": {"forward": 8, "backward": 11, "eval": 7},
     "batch_norm_act_conv2d": {"forward": 7, "backward": 11, "eval": 6},
     "add_batch_norm_act_conv2d": {"forward": 10, "backward": 14, "eval": 9},
+    "batch_norm_add_batch_norm_act": {"forward": 11, "backward": 13, "eval": 9},
+    traffic_join.FORKED: {"forward": 11, "backward": 16, "eval": 9},
 }
 
 

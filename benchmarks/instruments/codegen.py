@@ -45,10 +45,10 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: the kernel, its argument types and its compile-time constants."""
+    """A recorded launch: the kernel, its argument types (a tuple for a tuple) and its compile-time constants."""
 
     kernel: JITFunction[Any]
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, str | tuple[str, ...]], ...]
     constexprs: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int | None  # None: what the backend takes by itself
@@ -63,8 +63,8 @@ class Launch:
 
     @property
     def tensors(self) -> dict[str, str]:
-        """Types of the pointers that are given."""
-        return {name: kind for name, kind in self.signature if kind.startswith("*")}
+        """Types of the pointers that are given; not of those in tuples, which are vectors."""
+        return {name: kind for name, kind in self.signature if isinstance(kind, str) and kind.startswith("*")}
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,11 @@ def _params(kernel: JITFunction[Any]) -> Iterator[tuple[str, Any]]:
     return ((param.name, param) for param in kernel.params)
 
 
-def _type(value: Any, is_constexpr: bool) -> str:
+def _type(value: Any, is_constexpr: bool) -> str | tuple[str, ...]:
     if is_constexpr or value is None:
         return "constexpr"
+    if isinstance(value, tuple):
+        return tuple(str(_type(member, False)) for member in value)
     if isinstance(value, torch.Tensor):
         return _TYPES[value.dtype]
     if isinstance(value, float):
@@ -123,13 +125,14 @@ def _type(value: Any, is_constexpr: bool) -> str:
 def compile_launch(launch: Launch, arch: str) -> Code:
     """Compile for ``arch``, a key of ``TARGETS``; pointers are taken as 16-byte aligned, as the allocator's are."""
     names = list(launch.kernel.arg_names)
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in launch.signature if kind.startswith("*")}
-    source = ASTSource(
-        launch.kernel,
-        dict(launch.signature),
-        {(names.index(name),): value for name, value in launch.constexprs},
-        attrs,  # pyright: ignore[reportArgumentType]
-    )
+    constants = {(names.index(name),): value for name, value in launch.constexprs}
+    attrs = {}
+    for name, kinds in launch.signature:
+        place = (names.index(name),)
+        members = {place: kinds} if isinstance(kinds, str) else {(*place, i): kind for i, kind in enumerate(kinds)}
+        attrs |= {path: [["tt.divisibility", 16]] for path, kind in members.items() if kind.startswith("*")}
+        constants |= {path: None for path, kind in members.items() if kind == "constexpr" and path != place}
+    source = ASTSource(launch.kernel, dict(launch.signature), constants, attrs)
     target = TARGETS[arch]
     options = {"num_warps": launch.num_warps}
     if launch.num_stages is not None:

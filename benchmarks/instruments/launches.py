@@ -170,6 +170,26 @@ def cooperative_launches(
             x, x if residual else None, rows(x), config, vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5,
             "relu", residual and not add, x if add else None,
         )  # fmt: skip
+
+
+def join_launches(
+    shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool, training: bool, fork: bool = False,
+    act: str | None = "relu",
+) -> list[Launch]:  # fmt: skip
+    """The launches of one join of a projection block, forward and backward."""
+    from fusedres.kernels.batch_norm_join import Norm, batch_norm_join_forward, batch_norm_join_inference_forward
+    from fusedres.kernels.batch_norm_join_backward import Gradients, batch_norm_join_backward
+
+    a, vector = _activation(shape, dtype, channels_last), torch.empty(shape[1])
+    norm = Norm(vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5)
+    with recorded_launches() as launches:
+        if training:
+            y, *stats = batch_norm_join_forward(a, a, norm, norm, act)
+        else:
+            norm = norm._replace(num_batches_tracked=None, momentum=None)
+            y, *stats = batch_norm_join_inference_forward(a, a, norm, norm, act, True)
+        wanted = Gradients(a, a, torch.empty(4, shape[1]))
+        batch_norm_join_backward(y, y if fork else None, a, a, *stats, act, not training, wanted)
     return launches
 
 
@@ -190,6 +210,8 @@ BATCH_NORM_LAYERS = (
     add_batch_norm_launches,
     functools.partial(add_batch_norm_launches, residual_dtype=torch.float32),
     functools.partial(add_batch_norm_launches, residual_dtype=torch.bfloat16),
+    join_launches,
+    functools.partial(join_launches, fork=True),
 )
 
 
@@ -334,7 +356,10 @@ def _traits(launch: Launch) -> dict[str, _Trait]:
         value, plain = launch.constants.get(name), name.removesuffix("_ptr").lower().replace("_", " ")
         if name.startswith("BLOCK_") or name == "CHANNELS_LAST":
             continue
-        if kind != "constexpr":
+        if isinstance(kind, tuple):
+            given = " ".join(dict.fromkeys(member.removeprefix("*") for member in kind if member != "constexpr"))
+            traits[name] = _Trait(plain, *(2 * (f"{plain} {given}" if given else "",)))
+        elif kind != "constexpr":
             typed = f"{plain} {kind.removeprefix('*')}"
             traits[name] = _Trait(plain, typed, plain if kind == _first(launch) else typed)
         elif value is None or value is False:

@@ -8,8 +8,11 @@ from benchmarks.devices import BY_ARCH
 from benchmarks.instruments.codegen import TARGETS, Code, Launch
 from fusedres.kernels.tiling import RESIDENT_REGISTERS
 
-ACTIVATIONS = ("x_ptr", "residual_ptr", "dy_ptr", "other_ptr", "g_ptr", "z_ptr")
-OUTPUTS = ("y_ptr", "s_ptr", "saved_ptr", "dx_ptr", "dresidual_ptr", "dz_ptr", "normalised_ptr", "product_ptr")
+ACTIVATIONS = ("x_ptr", "residual_ptr", "dy_ptr", "other_ptr", "g_ptr", "z_ptr", "a_ptr", "b_ptr", "dfork_ptr")
+OUTPUTS = (
+    "y_ptr", "s_ptr", "saved_ptr", "dx_ptr", "dresidual_ptr", "dz_ptr", "normalised_ptr", "product_ptr",
+    "dsum_ptr", "da_ptr", "db_ptr",
+)  # fmt: skip
 PRODUCTS = {"_layer_norm_linear_fwd_kernel", "_linear_layer_norm_fwd_kernel"}
 BITS = {"*fp32": 32, "*bf16": 16, "*fp16": 16, "*u8": 0}  # of an element; none of a mask, which has one in a byte
 # 1,024 threads a multiprocessor of 65,536 registers: enough loads in flight to cover memory's latency.

@@ -21,7 +21,13 @@ from benchmarks.errors import allowed, errors
 from benchmarks.instruments.meter import SECTOR, TrafficMeter
 from benchmarks.results import Key, Row
 from benchmarks.suite import CPU, Request, Suite
-from benchmarks.suites import traffic_batch_norm, traffic_batch_norm_pool, traffic_convolution, traffic_linear
+from benchmarks.suites import (
+    traffic_batch_norm,
+    traffic_batch_norm_pool,
+    traffic_convolution,
+    traffic_join,
+    traffic_linear,
+)
 from benchmarks.workers import INTERPRETED, spread
 
 Tensors = dict[str, Tensor]
@@ -102,6 +108,7 @@ DTYPE, DTYPE_NAME, PROVIDER = torch.bfloat16, "bfloat16", "fusedres"
 SUBJECTS: list[Subject] = [
     *traffic_batch_norm.CASES,
     *traffic_batch_norm_pool.CASES,
+    *traffic_join.CASES,
     *traffic_convolution.CASES,
     *traffic_linear.CASES,
 ]

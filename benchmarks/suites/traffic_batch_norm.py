@@ -122,35 +122,50 @@ class Case(NamedTuple):
         return TrafficMeter(tensors["input"])
 
     def complaints(self, phase: str, meter: TrafficMeter) -> list[str]:
-        found, total, launches = [], meter.passes + meter.aten_passes, self.launches(phase)
-        if total > MARGIN * self.budget(phase):
-            found.append(f"{total:.2f} passes over an activation, more than {self.budget(phase):.2f}")
-        if len(meter.launches) > launches:
-            found.append(f"{len(meter.launches)} launches, more than {launches}")
-        return found
+        return over_budget(meter, self.budget(phase), self.launches(phase))
 
     def figures(self, phase: str, meter: TrafficMeter, eager: TrafficMeter) -> dict[str, float | None]:
-        return {
-            "passes": round(meter.passes, 4),
-            "distinct_passes": round(meter.distinct_passes, 4),
-            "aten_passes": round(meter.aten_passes, 4),
-            "budget_passes": self.budget(phase),
-            "eager_passes": round(eager.aten_passes, 4),
-            **dict(zip(PEERS, OTHERS.get(self.workload, UNKNOWN)[phase], strict=True)),
-            "vector_share": round(meter.vector_bytes / meter.issued_bytes, 5),
-        }
+        others = dict(zip(PEERS, OTHERS.get(self.workload, UNKNOWN)[phase], strict=True))
+        return passes(meter, eager, self.budget(phase)) | others
 
 
 # Workers take every other case: neighbours differ in layout, which costs little, and not in shape or workload.
 CASES = [Case(workload, shape, layout) for shape in SHAPES for workload in BUDGET for layout in LAYOUTS]
 
 
+def over_budget(meter: TrafficMeter, budget: float, launches: int) -> list[str]:
+    """What is more than so many passes over an activation and so many launches."""
+    found, total = [], meter.passes + meter.aten_passes
+    if total > MARGIN * budget:
+        found.append(f"{total:.2f} passes over an activation, more than {budget:.2f}")
+    if len(meter.launches) > launches:
+        found.append(f"{len(meter.launches)} launches, more than {launches}")
+    return found
+
+
+def passes(meter: TrafficMeter, eager: TrafficMeter, budget: float) -> dict[str, float | None]:
+    """What was moved, in passes over an activation."""
+    return {
+        "passes": round(meter.passes, 4),
+        "distinct_passes": round(meter.distinct_passes, 4),
+        "aten_passes": round(meter.aten_passes, 4),
+        "budget_passes": budget,
+        "eager_passes": round(eager.aten_passes, 4),
+        "vector_share": round(meter.vector_bytes / meter.issued_bytes, 5),
+    }
+
+
 def _ties(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
     """Where |z| is within 8 eps of the magnitudes it is the sum of."""
-    var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
-    scale = weight.view(1, -1, 1, 1) * torch.rsqrt(var + 1e-5)
-    shift = bias.view(1, -1, 1, 1) - mean * scale
-    z, size = x * scale + shift, (x * scale).abs() + shift.abs()
+    z, size = normalised(x, weight, bias)
     if residual is not None:
         z, size = z + residual, size + residual.abs()
     return z.abs() <= 8 * torch.finfo(DTYPE).eps * size
+
+
+def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """x normalised over its batch, and the magnitudes that the result is the sum of."""
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+    scale = weight.view(1, -1, 1, 1) * torch.rsqrt(var + 1e-5)
+    shift = bias.view(1, -1, 1, 1) - mean * scale
+    return x * scale + shift, (x * scale).abs() + shift.abs()

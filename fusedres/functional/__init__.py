@@ -7,8 +7,12 @@ from fusedres.functional.batch_norm_pool import (
     forked_batch_norm_act_max_pool2d as forked_batch_norm_act_max_pool2d,  # for fusion
 )
 from fusedres.functional.checks import ACTIVATIONS as ACTIVATIONS  # for nn
-from fusedres.functional.checks import BatchNormState as BatchNormState  # for fusion
+from fusedres.functional.checks import BatchNormState as BatchNormState
 from fusedres.functional.convolution import add_batch_norm_act_conv2d, batch_norm_act_conv2d
+from fusedres.functional.join import batch_norm_add_batch_norm_act
+from fusedres.functional.join import (
+    forked_batch_norm_add_batch_norm_act as forked_batch_norm_add_batch_norm_act,  # for fusion
+)
 from fusedres.functional.linear import layer_norm_linear_act, linear_layer_norm_act
 from fusedres.ops import KERNEL_DTYPES as KERNEL_DTYPES  # for explain, as what follows
 from fusedres.ops import autocasts as autocasts
@@ -26,6 +30,7 @@ __all__ = [
     "batch_norm_act",
     "batch_norm_act_conv2d",
     "batch_norm_act_max_pool2d",
+    "batch_norm_add_batch_norm_act",
     "layer_norm_linear_act",
     "linear_layer_norm_act",
 ]

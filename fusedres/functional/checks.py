@@ -16,7 +16,10 @@ ACTIVATIONS = (None, "relu")
 
 
 class BatchNormState(NamedTuple):
-    """What a BatchNorm normalises with: the arguments of :func:`batch_norm_act` after ``input``."""
+    """What a BatchNorm normalises with: the arguments of :func:`batch_norm_act` after ``input``.
+
+    Functions of several BatchNorms take one for each.
+    """
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -49,47 +52,51 @@ def check_batch_norm(
     *,
     shared: bool = False,
     dtype: torch.dtype | None = None,
+    name: str = "input",
+    prefix: str = "",
 ) -> None:
     """Raise TypeError or ValueError, naming the argument and the value, before anything is launched.
 
     ``dtype``: of the sum where it is input + residual that is normalised. ``shared``: other ranks have values too.
+    ``name``: of ``input``; ``prefix``: of what ``norm`` holds.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {ACTIVATIONS}, got {act!r}")
     if not input.is_floating_point():
-        raise TypeError(f"input must be floating-point, got {input.dtype}")
+        raise TypeError(f"{name} must be floating-point, got {input.dtype}")
     if input.dim() < 2:
-        raise ValueError(f"input must have at least 2 dimensions (N, C, *), got shape {tuple(input.shape)}")
+        raise ValueError(f"{name} must have at least 2 dimensions (N, C, *), got shape {tuple(input.shape)}")
+    running = f"{prefix}running_mean and {prefix}running_var"
     if (norm.running_mean is None) != (norm.running_var is None):
-        raise ValueError("running_mean and running_var must both be given or both be None")
+        raise ValueError(f"{running} must both be given or both be None")
     if norm.running_mean is None and not norm.training:
-        raise ValueError("running_mean and running_var must be given when training is False")
+        raise ValueError(f"{running} must be given when {prefix}training is False")
     size = input.shape[1]
-    for name, tensor in zip(norm._fields, norm[:4], strict=False):
+    for field, tensor in zip(norm._fields, norm.tensors, strict=False):
         if tensor is not None:
-            _check_vector(name, tensor, size, input, dtype)
+            _check_vector(prefix + field, tensor, size, input, dtype)
     if residual is not None:
         check_residual(residual, input, input.shape)
         if dtype is not None and dtype.is_complex:
             raise TypeError(f"residual must be floating-point, got {residual.dtype}")
     if norm.training:
-        _check_training(input, norm, shared)
+        _check_training(input, norm, shared, name, prefix)
 
 
-def _check_training(input: Tensor, norm: BatchNormState, shared: bool) -> None:
+def _check_training(input: Tensor, norm: BatchNormState, shared: bool, name: str, prefix: str) -> None:
     if not shared and input.shape[1] != 0:
         if is_known(input.numel() == input.shape[1]):
             shape = tuple(input.shape)
-            raise ValueError(f"input must have more than 1 value per channel when training, got shape {shape}")
+            raise ValueError(f"{name} must have more than 1 value per channel when training, got shape {shape}")
         if torch.compiler.is_compiling():
             torch._check(input.numel() != input.shape[1])  # where it is open: raises when the data is there
     count = norm.num_batches_tracked
     if count is not None:
         if count.numel() != 1 or count.is_floating_point():
-            raise ValueError(f"num_batches_tracked must be one integer, got {count!r}")
-        _check_device("num_batches_tracked", count, input)
+            raise ValueError(f"{prefix}num_batches_tracked must be one integer, got {count!r}")
+        _check_device(f"{prefix}num_batches_tracked", count, input)
     elif norm.momentum is None and norm.running_mean is not None:
-        raise ValueError("momentum=None (the cumulative average) needs num_batches_tracked")
+        raise ValueError(f"{prefix}momentum=None (the cumulative average) needs {prefix}num_batches_tracked")
 
 
 class Geometry(NamedTuple):
@@ -242,12 +249,12 @@ def _check_vector(name: str, tensor: Tensor, size: int, input: Tensor, dtype: to
     _check_device(name, tensor, input)
 
 
-def check_residual(residual: Tensor, input: Tensor, shape: torch.Size) -> None:
+def check_residual(residual: Tensor, input: Tensor, shape: torch.Size, name: str = "residual") -> None:
     if residual.shape != shape:
-        raise ValueError(f"residual must have shape {tuple(shape)}, got {tuple(residual.shape)}")
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(residual.shape)}")
     if not (residual.is_floating_point() or residual.is_complex()):
-        raise TypeError(f"residual must be floating-point, got {residual.dtype}")
-    _check_device("residual", residual, input)
+        raise TypeError(f"{name} must be floating-point, got {residual.dtype}")
+    _check_device(name, residual, input)
 
 
 def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:

@@ -26,7 +26,7 @@ def register(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     function: type[torch.autograd.Function] | None = None,
-    counter: int | None = None,
+    counter: int | tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     """Define ``fusedres::<schema>`` for CPU and CUDA tensors, and return it as a function for calls from Python.
 
@@ -34,7 +34,7 @@ def register(
     through it take the host longer than all else that is ours; everywhere else it calls the operator.
 
     Empty inputs, for which nothing can be launched, have the outputs of ``fake``, filled with zeros; the argument
-    ``counter``, if any, counts them all the same.
+    ``counter``, or each of several, counts them all the same.
 
     With ``function``, the last argument of the operator is ``save_for_backward``: where it is true the call goes to
     ``function.apply(operator, *arguments)``, where ``operator`` may be the function below instead; they have one name.
@@ -45,8 +45,9 @@ def register(
     def run(*args: Any) -> Any:
         if args[0].numel() > 0:
             return implementation(*args)
-        if counter is not None and args[counter] is not None:
-            args[counter].add_(1)
+        for place in (counter,) if isinstance(counter, int) else counter:
+            if args[place] is not None:
+                args[place].add_(1)
         outputs = fake(*args)
         return outputs.zero_() if isinstance(outputs, Tensor) else tuple(output.zero_() for output in outputs)
 

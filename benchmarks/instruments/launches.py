@@ -28,6 +28,17 @@ BATCH_NORM_SHAPES = (
     ((2, 67, 14, 14), True),
 )
 
+HEAD_SHAPES = (
+    # As in a ResNet, two launches and on-chip; then larger images than a tile, and 67 channels.
+    ((32, 2048, 7, 7), True),
+    ((32, 2048, 7, 7), False),
+    ((8, 2048, 7, 7), True),
+    ((8, 2048, 7, 7), False),
+    ((8, 64, 56, 56), True),
+    ((8, 64, 56, 56), False),
+    ((32, 67, 7, 7), True),
+)
+
 
 def batch_norm_launches(
     shape: tuple[int, ...],
@@ -90,6 +101,39 @@ def add_batch_norm_launches(
             )
         wanted = Gradients(torch.empty_like(s), None, vector, vector)
         batch_norm_act_backward(out, s, None, stats, act, not training, wanted, torch.empty_like(s))
+    return launches
+
+
+def batch_norm_head_launches(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    channels_last: bool,
+    residual: bool,
+    training: bool,
+    act: str | None = "relu",
+) -> list[Launch]:
+    """The launches of one head's forward and backward."""
+    from fusedres.kernels.batch_norm_backward import Gradients
+    from fusedres.kernels.batch_norm_head import batch_norm_head_forward, batch_norm_head_inference_forward
+    from fusedres.kernels.batch_norm_head_backward import batch_norm_head_backward
+
+    x = _activation(shape, dtype, channels_last)
+    other = torch.empty_like(x) if residual else None
+    vector = torch.empty(shape[1])
+    with recorded_launches() as launches:
+        if training:
+            count = torch.tensor(0)
+            pooled, stats, mask = batch_norm_head_forward(
+                x, other, vector, vector, vector, vector, count, 0.1, 1e-5, act, residual
+            )  # fmt: skip
+        else:
+            pooled, stats, mask = batch_norm_head_inference_forward(
+                x, other, vector, vector, vector, vector, 1e-5, act, True, residual
+            )
+        wanted = Gradients(torch.empty_like(x), other, vector, vector)
+        saved = mask if mask.numel() else None
+        batch_norm_head_backward(pooled, x, saved, stats, act, not training, wanted)
     return launches
 
 
@@ -290,6 +334,10 @@ def _layers(dtypes: Sequence[torch.dtype]) -> Iterator[list[Launch]]:
     modes = (True, False)
     for (shape, channels_last), dtype, layer, training in product(BATCH_NORM_SHAPES, dtypes, BATCH_NORM_LAYERS, modes):
         yield layer(shape, dtype, channels_last=channels_last, training=training)
+    for (shape, channels_last), dtype, residual, training in product(HEAD_SHAPES, dtypes, modes, modes):
+        yield batch_norm_head_launches(
+            shape, dtype, channels_last=channels_last, residual=residual, training=training
+        )  # fmt: skip
     for (shape, channels_last), dtype, residual in product(BATCH_NORM_SHAPES[:2], dtypes, modes):
         yield sync_batch_norm_launches(shape, dtype, channels_last=channels_last, residual=residual)
     for (M, N, K), dtype, training in product(LINEAR_SHAPES, dtypes, modes):

@@ -2,6 +2,7 @@
 
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
 from fusedres.functional.batch_norm import forked_batch_norm_act as forked_batch_norm_act  # for fusion
+from fusedres.functional.batch_norm_head import batch_norm_act_global_avg_pool2d
 from fusedres.functional.checks import ACTIVATIONS as ACTIVATIONS  # for nn
 from fusedres.functional.checks import BatchNormState as BatchNormState  # for fusion
 from fusedres.functional.linear import layer_norm_linear_act, linear_layer_norm_act
@@ -11,4 +12,10 @@ from fusedres.ops import layer_norm_refusal as layer_norm_refusal
 from fusedres.ops import multiplies_itself as multiplies_itself
 from fusedres.ops import refusal as refusal
 
-__all__ = ["add_batch_norm_act", "batch_norm_act", "layer_norm_linear_act", "linear_layer_norm_act"]
+__all__ = [
+    "add_batch_norm_act",
+    "batch_norm_act",
+    "batch_norm_act_global_avg_pool2d",
+    "layer_norm_linear_act",
+    "linear_layer_norm_act",
+]

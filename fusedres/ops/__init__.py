@@ -2,6 +2,7 @@
 
 from fusedres.ops import add_batch_norm as add_batch_norm
 from fusedres.ops import batch_norm as batch_norm
+from fusedres.ops import batch_norm_head as batch_norm_head
 from fusedres.ops import layer_norm as layer_norm
 from fusedres.ops.dispatch import KERNEL_DTYPES as KERNEL_DTYPES
 from fusedres.ops.dispatch import autocast_dtypes as autocast_dtypes

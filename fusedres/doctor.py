@@ -43,6 +43,8 @@ FUNCTIONS: dict[str, dict[str, tuple[int, ...]]] = {
     | {"residual": (8, 20, 7, 9), "conv_weight": (12, 20, 3, 3), "conv_bias": (12,)},
     "batch_norm_act_max_pool2d": _BATCH_NORM,
     "batch_norm_add_batch_norm_act": _BATCH_NORM | {"other": (8, 20, 7, 9)} | _OTHER_NORM,
+    "batch_norm_act_global_avg_pool2d": _BATCH_NORM,
+    "batch_norm_act_global_avg_pool2d + residual": _BATCH_NORM | {"residual": (8, 20, 7, 9)},
     "layer_norm_linear_act": _LINEAR | {"ln_weight": (40,), "ln_bias": (40,)},
     "linear_layer_norm_act": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,)},
     "linear_layer_norm_act + residual": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,), "residual": (48, 24)},
@@ -62,7 +64,7 @@ class Check:
     def __str__(self) -> str:
         figures = "".join(f"{error:10.1e}" for error in self.errors or ())
         name = str(self.dtype).removeprefix("torch.")
-        return f"  {self.function:33}{name:9} {self.path:9} {figures or ' ' * 40}  {self.problem or 'ok'}"
+        return f"  {self.function:44}{name:9} {self.path:9} {figures or ' ' * 40}  {self.problem or 'ok'}"
 
 
 def diagnose() -> tuple[list[str], list[str]]:
@@ -80,7 +82,7 @@ def diagnose() -> tuple[list[str], list[str]]:
     backend = f"reference: {refused}" if refused else f"triton, on {device}"
     lines += _section("backend", [backend, *filter(None, [None if refused else functional.standing(device)])])
     lines += _section("environment", [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ])
-    header = f"{'':43}{'path':10}{'forward':>10}{'eager':>10}{'backward':>10}{'eager':>10}"
+    header = f"{'':54}{'path':10}{'forward':>10}{'eager':>10}{'backward':>10}{'eager':>10}"
     checks = [check(function, dtype, device) for function in FUNCTIONS for dtype in DTYPES]
     lines += ["", "checks: error against float64, and eager PyTorch's", f"  {header}", *map(str, checks)]
     problems += [f"{item.function} in {item.dtype}: {item.problem}" for item in checks if item.problem]
@@ -153,7 +155,7 @@ def _call(library: Any, function: str, tensors: dict[str, Tensor], act: str | No
     if "other" in tensors:
         norms = [
             functional.BatchNormState(
-                **{name: tensors[prefix + name] for name in _BATCH_NORM if name != "input"}, **training
+                *(tensors[prefix + name] for name in ("running_mean", "running_var", "weight", "bias")), training=True
             )
             for prefix in ("", "other_")
         ]

@@ -41,6 +41,29 @@ def batch_norm_act(
     return torch.relu_(out) if act == "relu" else out
 
 
+def batch_norm_act_global_avg_pool2d(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: str | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """:func:`batch_norm_act` averaged over H and W, as
+    :func:`fusedres.functional.batch_norm_act_global_avg_pool2d`."""
+    out = batch_norm_act(
+        input, running_mean, running_var, weight, bias, training, momentum, eps,
+        residual=residual, act=act, num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
+    return F.adaptive_avg_pool2d(out, 1)
+
+
 def add_batch_norm_act(
     input: Tensor,
     residual: Tensor,

@@ -77,6 +77,37 @@ def _store_parameter_gradients(sum_g, sum_gx, rstd, dweight_ptr, dbias_ptr, offs
         tl.store(dbias_ptr + offs_c, sum_g, mask=mask_c)
 
 
+@triton.jit
+def _finish_sums(
+    sum_g, sum_gx, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr, offs_c, mask_c, M, C,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Add up the sums of all programs of a channel tile, in their order, and store what is made of them."""
+    pid_c, pid_m, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    counter_ptr = counters_ptr + 1 + pid_c
+    tl.store(partials_ptr + pid_m * C + offs_c, _sum_rows(sum_g), mask=mask_c)
+    tl.store(partials_ptr + (programs + pid_m) * C + offs_c, _sum_rows(sum_gx), mask=mask_c)
+    if _arrive(counter_ptr) == programs - 1:
+        total_g = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+        total_gx = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+        for start in range(0, programs, BLOCK_P):
+            offs_p = start + tl.arange(0, BLOCK_P)
+            mask_p = (offs_p < programs)[:, None] & mask_c[None, :]
+            offsets_p = partials_ptr + offs_p[:, None] * C + offs_c[None, :]
+            # .cg: other multiprocessors wrote these; not from this one's L1
+            total_g += tl.load(offsets_p, mask=mask_p, other=0.0, cache_modifier=".cg")
+            total_gx += tl.load(offsets_p + programs * C, mask=mask_p, other=0.0, cache_modifier=".cg")
+        rstd = tl.load(stats_ptr + C + offs_c, mask=mask_c, other=0.0)
+        all_g = _sum_rows(total_g)
+        all_gx = _sum_rows(total_gx)
+        _store_parameter_gradients(all_g, all_gx, rstd, dweight_ptr, dbias_ptr, offs_c, mask_c)
+        if means_ptr is not None:
+            rows = M.to(tl.float32)
+            tl.store(means_ptr + offs_c, all_g / rows, mask=mask_c)
+            tl.store(means_ptr + C + offs_c, rstd * rstd * (all_gx / rows), mask=mask_c)
+        tl.store(counter_ptr, 0)
+
+
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_bwd_reduce_kernel(
     dy_ptr, other_ptr, x_ptr, mask_ptr, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr,
@@ -113,28 +144,10 @@ def _batch_norm_bwd_reduce_kernel(
         sum_gx += g * x_centred
 
     if SUMS:
-        counter_ptr = counters_ptr + 1 + pid_c
-        tl.store(partials_ptr + pid_m * C + offs_c, _sum_rows(sum_g), mask=mask_c)
-        tl.store(partials_ptr + (programs + pid_m) * C + offs_c, _sum_rows(sum_gx), mask=mask_c)
-        if _arrive(counter_ptr) == programs - 1:
-            total_g = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-            total_gx = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
-            for start in range(0, programs, BLOCK_P):
-                offs_p = start + tl.arange(0, BLOCK_P)
-                mask_p = (offs_p < programs)[:, None] & mask_c[None, :]
-                offsets_p = partials_ptr + offs_p[:, None] * C + offs_c[None, :]
-                # .cg: other multiprocessors wrote these; not from this one's L1
-                total_g += tl.load(offsets_p, mask=mask_p, other=0.0, cache_modifier=".cg")
-                total_gx += tl.load(offsets_p + programs * C, mask=mask_p, other=0.0, cache_modifier=".cg")
-            rstd = tl.load(stats_ptr + C + offs_c, mask=mask_c, other=0.0)
-            all_g = _sum_rows(total_g)
-            all_gx = _sum_rows(total_gx)
-            _store_parameter_gradients(all_g, all_gx, rstd, dweight_ptr, dbias_ptr, offs_c, mask_c)
-            if means_ptr is not None:
-                rows = M.to(tl.float32)
-                tl.store(means_ptr + offs_c, all_g / rows, mask=mask_c)
-                tl.store(means_ptr + C + offs_c, rstd * rstd * (all_gx / rows), mask=mask_c)
-            tl.store(counter_ptr, 0)
+        _finish_sums(
+            sum_g, sum_gx, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr,
+            offs_c, mask_c, M, C, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "C", "S"])

@@ -24,9 +24,18 @@ class Rows(NamedTuple):
         return alignment(self.C if self.channels_last else self.S)
 
     @property
+    def images(self) -> int:
+        return self.M // self.S
+
+    @property
     def mask_bytes(self) -> int:
         """Bytes of a 1-bit mask, eight rows to a byte."""
         return (self.M + 7) // 8 * self.C
+
+    @property
+    def image_mask_bytes(self) -> int:
+        """The same with eight pixels of one image to a byte."""
+        return self.images * ((self.S + 7) // 8) * self.C
 
 
 def alignment(length: int) -> int:
@@ -55,6 +64,12 @@ def dense_like(x: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Ten
     if x.stride() == like.stride() and dtype in (None, x.dtype):
         return x
     return torch.empty_like(like, dtype=dtype or x.dtype).copy_(x)
+
+
+def pooled_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised (N, C, 1, 1) of a dense ``x``, its strides those that eager's pooling leaves; [N, C] in memory."""
+    N, C = x.shape[:2]
+    return x.new_empty_strided((N, C, 1, 1), (C, 1, 1, 1) if x.is_contiguous() else (C, 1, C, C), dtype=dtype)
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:

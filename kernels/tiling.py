@@ -159,6 +159,74 @@ def cooperative(view: Rows, itemsize: int, num_sms: int) -> Tiling | None:
     return Tiling(block_m, block_c, _num_warps(view, itemsize, block_m * block_c), programs, channel_tiles, 1)
 
 
+@dataclass(frozen=True)
+class ImageTiling:
+    """Tiles of [block_n images of block_s pixels, block_c channels]; whole images are one program's.
+
+    Elementwise kernels give a program all pixels of ``tiles * block_n`` images; reductions deal the tiles in turn.
+    """
+
+    block_n: int
+    block_s: int
+    block_c: int
+    num_warps: int
+    programs: int
+    channel_tiles: int
+    tiles: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.programs * self.channel_tiles,)
+
+
+def _image_tile(view: Rows, itemsize: int) -> tuple[int, int, int, int]:
+    """(block_n, block_s, block_c, num_warps): up to 64 pixels in channels-last, else up to 1024.
+
+    Images share a tile only where they are much smaller than it: addresses that jump from one to the next take
+    registers. A thread has up to 16 elements, as there is little else to load; more warps had too few registers.
+    """
+    elements = TILE_ELEMENTS // _thinning(view, itemsize)
+    pixels = max(8, next_power_of_2(view.S))
+    if view.channels_last:
+        block_c = _block_c(view, 64 // itemsize)
+        block_s = max(8, min(pixels, 64, elements // block_c))
+    else:
+        block_s = min(1024, pixels)
+        block_c = _block_c(view, max(1, elements // max(64, block_s)))
+    block_n = max(1, min(64, elements // block_c) // block_s)
+    block_n = min(block_n, next_power_of_2(view.images))
+    return block_n, block_s, block_c, min(4, _num_warps(view, itemsize, block_n * block_s * block_c))
+
+
+def images(view: Rows, itemsize: int) -> ImageTiling:
+    """For the apply kernels of the head: every program a fixed number of whole images."""
+    block_n, block_s, block_c, num_warps = _image_tile(view, itemsize)
+    tiles = max(1, MIN_ROWS // (block_n * view.S))
+    programs = cdiv(view.images, tiles * block_n)
+    return ImageTiling(block_n, block_s, block_c, num_warps, programs, cdiv(view.C, block_c), tiles)
+
+
+def image_reduction(view: Rows, itemsize: int, num_sms: int) -> ImageTiling:
+    """For the backward reduction of the head: a few programs for every multiprocessor."""
+    block_n, block_s, block_c, num_warps = _image_tile(view, itemsize)
+    channel_tiles = cdiv(view.C, block_c)
+    wanted = max(1, num_sms * PROGRAMS_PER_SM // channel_tiles)
+    programs = max(1, min(wanted, view.M // max(2 * MIN_ROWS, block_n * block_s)))
+    tiles = cdiv(cdiv(view.images, block_n) * cdiv(view.S, block_s), programs)
+    return ImageTiling(block_n, block_s, block_c, num_warps, programs, channel_tiles, tiles)
+
+
+def images_on_chip(view: Rows, itemsize: int) -> ImageTiling | None:
+    """For the single-launch kernels of the head, as :func:`on_chip`, with every image in rows of its own."""
+    block_n, block_s = next_power_of_2(view.images), max(8, next_power_of_2(view.S))
+    block_m = block_n * block_s
+    block_c = _block_c(view, 32 // itemsize if view.channels_last else max(1, 1024 // block_m))
+    if block_m * block_c > ON_CHIP_ELEMENTS // _thinning(view, itemsize):
+        return None
+    warps = _num_warps(view, itemsize, block_m * block_c)
+    return ImageTiling(block_n, block_s, block_c, warps, 1, cdiv(view.C, block_c), 1)
+
+
 MAX_LAYER_NORM = 8192  # features that a row kernel holds in registers
 MAX_SUMMED = 4096  # of them, where the backward sums its result as well: with 8192 that spilled
 

@@ -32,6 +32,16 @@ BATCH_NORM_SHAPES = (
 POOL_SHAPES = (((8, 64, 112, 112), True), ((8, 64, 112, 112), False), ((8, 67, 56, 56), True))
 STEM = Window(3, 3, 2, 2, 1, 1)
 LARGE = Window(7, 7, 1, 1, 3, 3)  # not unrolled
+HEAD_SHAPES = (
+    # As in a ResNet, two launches and on-chip; then larger images than a tile, and 67 channels.
+    ((32, 2048, 7, 7), True),
+    ((32, 2048, 7, 7), False),
+    ((8, 2048, 7, 7), True),
+    ((8, 2048, 7, 7), False),
+    ((8, 64, 56, 56), True),
+    ((8, 64, 56, 56), False),
+    ((32, 67, 7, 7), True),
+)
 
 
 def batch_norm_launches(
@@ -136,6 +146,39 @@ def batch_norm_pool_launches(
     return launches
 
 
+def batch_norm_head_launches(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    channels_last: bool,
+    residual: bool,
+    training: bool,
+    act: str | None = "relu",
+) -> list[Launch]:
+    """The launches of one head's forward and backward."""
+    from fusedres.kernels.batch_norm_backward import Gradients
+    from fusedres.kernels.batch_norm_head import batch_norm_head_forward, batch_norm_head_inference_forward
+    from fusedres.kernels.batch_norm_head_backward import batch_norm_head_backward
+
+    x = _activation(shape, dtype, channels_last)
+    other = torch.empty_like(x) if residual else None
+    vector = torch.empty(shape[1])
+    with recorded_launches() as launches:
+        if training:
+            count = torch.tensor(0)
+            pooled, stats, mask = batch_norm_head_forward(
+                x, other, vector, vector, vector, vector, count, 0.1, 1e-5, act, residual
+            )  # fmt: skip
+        else:
+            pooled, stats, mask = batch_norm_head_inference_forward(
+                x, other, vector, vector, vector, vector, 1e-5, act, True, residual
+            )
+        wanted = Gradients(torch.empty_like(x), other, vector, vector)
+        saved = mask if mask.numel() else None
+        batch_norm_head_backward(pooled, x, saved, stats, act, not training, wanted)
+    return launches
+
+
 def sync_batch_norm_launches(
     shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool, residual: bool
 ) -> list[Launch]:
@@ -170,6 +213,7 @@ def cooperative_launches(
             x, x if residual else None, rows(x), config, vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5,
             "relu", residual and not add, x if add else None,
         )  # fmt: skip
+    return launches
 
 
 def join_launches(
@@ -184,12 +228,12 @@ def join_launches(
     norm = Norm(vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5)
     with recorded_launches() as launches:
         if training:
-            y, *stats = batch_norm_join_forward(a, a, norm, norm, act)
+            y, stats, other_stats = batch_norm_join_forward(a, a, norm, norm, act)
         else:
             norm = norm._replace(num_batches_tracked=None, momentum=None)
-            y, *stats = batch_norm_join_inference_forward(a, a, norm, norm, act, True)
+            y, stats, other_stats = batch_norm_join_inference_forward(a, a, norm, norm, act, True)
         wanted = Gradients(a, a, torch.empty(4, shape[1]))
-        batch_norm_join_backward(y, y if fork else None, a, a, *stats, act, not training, wanted)
+        batch_norm_join_backward(y, y if fork else None, a, a, stats, other_stats, act, not training, wanted)
     return launches
 
 
@@ -390,6 +434,10 @@ def _layers(dtypes: Sequence[torch.dtype]) -> Iterator[list[Launch]]:
         yield batch_norm_pool_launches(shape, dtype, channels_last=channels_last, fork=fork)
     for dtype in dtypes:
         yield batch_norm_pool_launches((8, 64, 56, 56), dtype, channels_last=True, window=LARGE)
+    for (shape, channels_last), dtype, residual, training in product(HEAD_SHAPES, dtypes, modes, modes):
+        yield batch_norm_head_launches(
+            shape, dtype, channels_last=channels_last, residual=residual, training=training
+        )  # fmt: skip
     for (shape, channels_last), dtype, residual in product(BATCH_NORM_SHAPES[:2], dtypes, modes):
         yield sync_batch_norm_launches(shape, dtype, channels_last=channels_last, residual=residual)
     for (shape, channels_last), dtype, layer in product(COOPERATIVE_SHAPES, dtypes, COOPERATIVE):

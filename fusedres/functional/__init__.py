@@ -2,6 +2,7 @@
 
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
 from fusedres.functional.batch_norm import forked_batch_norm_act as forked_batch_norm_act  # for fusion
+from fusedres.functional.batch_norm_head import batch_norm_act_global_avg_pool2d
 from fusedres.functional.batch_norm_pool import batch_norm_act_max_pool2d
 from fusedres.functional.batch_norm_pool import (
     forked_batch_norm_act_max_pool2d as forked_batch_norm_act_max_pool2d,  # for fusion
@@ -29,6 +30,7 @@ __all__ = [
     "add_batch_norm_act_conv2d",
     "batch_norm_act",
     "batch_norm_act_conv2d",
+    "batch_norm_act_global_avg_pool2d",
     "batch_norm_act_max_pool2d",
     "batch_norm_add_batch_norm_act",
     "layer_norm_linear_act",

@@ -110,4 +110,4 @@ def _is_one(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether both are one memory; a compiler sees only whether they are one tensor."""
     if a is None or b is None:
         return False
-    return a is b or (not torch.compiler.is_compiling() and torch._C._is_alias_of(a, b))
+    return a is b or (not torch.compiler.is_compiling() and torch._C._is_alias_of(a, b))  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,6 +3,7 @@
 from fusedres.ops import add_batch_norm as add_batch_norm
 from fusedres.ops import batch_norm as batch_norm
 from fusedres.ops import batch_norm_conv as batch_norm_conv
+from fusedres.ops import batch_norm_head as batch_norm_head
 from fusedres.ops import batch_norm_join as batch_norm_join
 from fusedres.ops import batch_norm_pool as batch_norm_pool
 from fusedres.ops import layer_norm as layer_norm

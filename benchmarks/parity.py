@@ -96,8 +96,17 @@ def _without_ties(exact: nn.Module, batch: Batch, dtype: torch.dtype) -> Batch:
     with torch.no_grad(), relu.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone())):
         exact.train()(*_double(batch).inputs)
     [z] = seen
-    *others, last = batch.target  # the ReLU's result comes last
-    return Batch(batch.inputs, (*others, last.masked_fill(undecided(z, dtype), 0)))
+    open_ = undecided(z, dtype)
+    targets = [
+        cotangent.masked_fill(open_ if cotangent.shape == z.shape else _pooled(open_, cotangent.shape), 0)
+        for cotangent in batch.target
+    ]
+    return Batch(batch.inputs, tuple(targets))
+
+
+def _pooled(mask: Tensor, shape: torch.Size) -> Tensor:
+    """Where any of the elements that an average or a maximum was taken of is set, about."""
+    return F.adaptive_max_pool2d(mask.float(), shape[2:]).bool()
 
 
 def _evaluate(

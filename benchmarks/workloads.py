@@ -14,6 +14,7 @@ from benchmarks import layers
 from benchmarks.errors import BenchmarkError
 from benchmarks.providers import BASELINE, EAGER, PROVIDERS, Provider
 from benchmarks.suite import Request
+from benchmarks.timing import as_tuple
 from fusedres import models
 
 TIMED = ("kernels", "mlp", "models")
@@ -32,6 +33,10 @@ NORM_LAYERS = {
     "bn+relu": layers.BatchNormRelu,
     "bn+add+relu": layers.BatchNormAddRelu,
     "add+bn+relu": layers.AddBatchNormRelu,
+    "bn+add+relu+fork": layers.BatchNormAddReluTwice,
+    "bn+add+bn+relu": layers.BatchNormAddBatchNormRelu,
+    "bn+relu+maxpool": layers.BatchNormReluMaxPool,
+    "bn+add+relu+avgpool": layers.BatchNormAddReluAvgPool,
 }
 # Passes over an activation that a step needs where each statistic is its own reading: DESIGN's first target, without
 # the mask. What is moved in less time counts as bandwidth; whoever moves more has that much less of it.
@@ -40,6 +45,10 @@ PASSES = {
     "bn+relu": {"training": 3 + 5, "inference": 2},
     "bn+add+relu": {"training": 4 + 6, "inference": 3},
     "add+bn+relu": {"training": 5 + 6, "inference": 4},
+    "bn+add+relu+fork": {"training": 4 + 7, "inference": 3},
+    "bn+add+bn+relu": {"training": 5 + 8, "inference": 3},
+    "bn+relu+maxpool": {"training": 2.25 + 3.5, "inference": 1.25},
+    "bn+add+relu+avgpool": {"training": 3 + 4, "inference": 2},
 }
 
 
@@ -87,6 +96,12 @@ class Workload:
     def baseline(self) -> str:
         """The provider that speedups are relative to: the faster of eager's memory formats, where there are two."""
         return BASELINE if self.channels_last else EAGER
+
+    def outputs(self, batch: int) -> list[torch.Size]:
+        """The shapes of what it returns."""
+        with torch.device("meta"):
+            inputs = [torch.empty(batch, *self.sample) for _ in range(self.inputs)]
+            return [out.shape for out in as_tuple(self.build()(*inputs))]
 
     def checked(self, batch: int) -> tuple[int, ...]:
         """The input whose check stands for that of ``batch`` samples."""
@@ -180,17 +195,23 @@ def _small_mlps(quick: bool) -> list[Workload]:
 
 
 def _norms(dtype: str, quick: bool) -> list[Workload]:
-    """Every BatchNorm of ResNet-34 and -50 at 224x224, and two joins of pre-activation networks."""
-    joins: list[Norm] = [("add+bn+relu", 256, 56, 56), ("add+bn+relu", 1024, 14, 14)]
+    """Every BatchNorm of ResNet-34 and -50 at 224x224, and what lies between their blocks and pre-activation ones."""
+    between = [
+        (kind, *size) for size in ((256, 56, 56), (1024, 14, 14)) for kind in ("add+bn+relu", "bn+add+relu+fork")
+    ]
     if quick:
-        shapes = [shape for shape in batch_norm_shapes() if shape[:2] in (("bn+relu", 64), ("bn+add+relu", 256))]
-        shapes += [("bn+add+relu", 2048, 7, 7), joins[0]]
+        first = ("bn+relu", 64), ("bn+add+relu", 256), ("bn+add+bn+relu", 256), ("bn+relu+maxpool", 64)
+        shapes = [shape for shape in batch_norm_shapes() if shape[:2] in first]
+        shapes += [("bn+add+relu", 2048, 7, 7), *between[:2]]
         return [norm_layer(*shape, dtype=dtype, batches=(32,)) for shape in shapes]
-    return [norm_layer(*shape, dtype=dtype, batches=(32, 256, 1)) for shape in (*batch_norm_shapes(), *joins)]
+    return [norm_layer(*shape, dtype=dtype, batches=(32, 256, 1)) for shape in (*batch_norm_shapes(), *between)]
 
 
 def _small_norms(quick: bool) -> list[Workload]:
-    shapes = (("bn+relu", 64, 28, 28), ("bn+add+relu", 256, 14, 14), ("add+bn+relu", 256, 14, 14))
+    shapes: list[Norm] = [
+        ("bn+relu", 64, 28, 28), ("bn+add+relu", 256, 14, 14), ("add+bn+relu", 256, 14, 14),
+        ("bn+add+bn+relu", 256, 14, 14), ("bn+relu+maxpool", 64, 28, 28), ("bn+add+relu+avgpool", 256, 7, 7),
+    ]  # fmt: skip
     return [norm_layer(*shape, dtype="float32", batches=(4,), compiled=not quick) for shape in shapes]
 
 
@@ -200,7 +221,10 @@ _ON_CPU = {"kernels": _small_norms, "mlp": _small_mlps, "models": _small_network
 
 @functools.cache
 def batch_norm_shapes() -> tuple[Norm, ...]:
-    """Kind and (C, H, W) of the BatchNorms of ResNet-50 and ResNet-34 at 224x224, largest first, each once."""
+    """Kind and (C, H, W) of the layers of ResNet-50 and ResNet-34 at 224x224 that begin with a BatchNorm, or with two.
+
+    Largest first, each once.
+    """
     found = dict.fromkeys(shape for model in (models.resnet50, models.resnet34) for shape in _shapes_of(model))
     return tuple(sorted(found, key=lambda shape: -shape[1] * shape[2] * shape[3]))
 
@@ -210,19 +234,25 @@ def _shapes_of(build: Callable[[], nn.Module]) -> Iterator[Norm]:
         model, x = build(), torch.empty(1, 3, 224, 224)
     norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, nn.BatchNorm2d)}
     last = {name.rpartition(".")[0]: name for name in norms}  # of each block
-    sizes: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, tuple[int, int, int]] = {}
 
     def note(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        sizes[names[norm]] = tuple(inputs[0].shape[1:])
+        _, *sample = inputs[0].shape
+        sizes[names[norm]] = (sample[0], sample[1], sample[2])
 
     names: dict[nn.Module, str] = {norm: name for name, norm in norms.items()}
     for norm in names:
         norm.register_forward_pre_hook(note)
     model(x)
+    *_, final = sizes
     for name, (channels, height, width) in sizes.items():
         block = name.rpartition(".")[0]
+        projects = block.endswith("downsample")
         kind = "bn+add+relu" if block and last[block] == name else "bn+relu"
-        yield "bn" if block.endswith("downsample") else kind, channels, height, width
+        yield "bn" if projects else kind, channels, height, width
+        beyond = {not block: "bn+relu+maxpool", projects: "bn+add+bn+relu", name == final: "bn+add+relu+avgpool"}
+        if True in beyond:
+            yield beyond[True], channels, height, width
 
 
 def norm_layer(

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import fusedres
 from fusedres import reference
+from fusedres.functional import BatchNormState
 
 Rows = Counter[tuple[str, str, str]]  # module, pattern, path
 
@@ -38,7 +39,9 @@ def ran(model: nn.Module) -> Iterator[Rows]:
 
     def recorded(function: Callable[..., Any], first: int, pattern: Callable[[dict[str, Any]], str], path: str) -> Any:
         def record(*args: Any, **kwargs: Any) -> Any:
-            tensors = [arg for arg in (*args[first:], *kwargs.values()) if isinstance(arg, Tensor)]
+            given = [*args[first:], *kwargs.values()]
+            given += [item for state in given if isinstance(state, BatchNormState) for item in state]
+            tensors = [arg for arg in given if isinstance(arg, Tensor)]
             if not inside:
                 rows[next(names[t.data_ptr()] for t in tensors if t.data_ptr() in names), pattern(kwargs), path] += 1
             inside.append(path)
@@ -55,6 +58,11 @@ def ran(model: nn.Module) -> Iterator[Rows]:
     functions = {
         (reference, "batch_norm_act"): (1, ours, "reference"),
         (reference, "add_batch_norm_act"): (2, lambda kwargs: f"add_{ours(kwargs)}", "reference"),
+        (reference, "batch_norm_act_conv2d"): (1, ours, "reference"),
+        (reference, "add_batch_norm_act_conv2d"): (2, lambda kwargs: f"add_{ours(kwargs)}", "reference"),
+        (reference, "batch_norm_act_max_pool2d"): (1, lambda kwargs: f"{ours(kwargs)}_maxpool", "reference"),
+        (reference, "batch_norm_act_global_avg_pool2d"): (1, lambda kwargs: f"{ours(kwargs)}_avgpool", "reference"),
+        (reference, "batch_norm_add_batch_norm_act"): (2, lambda kwargs: f"bn_add_{ours(kwargs)}", "reference"),
         (F, "batch_norm"): (1, lambda kwargs: "bn", "eager"),
     }
     patches = [

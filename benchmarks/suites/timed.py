@@ -233,13 +233,8 @@ class _Measurement:
             [classes] = self.workload.output
             labels = torch.randint(classes, shape[:1], generator=generator, device=self.device)
             return Batch(inputs, labels).formatted(memory_format)
-        sizes = [(shape[0], *self.workload.output)] * self._outputs
-        targets = tuple(normal(size).to(dtype) for size in sizes)
+        targets = tuple(normal(size).to(dtype) for size in self.workload.outputs(shape[0]))
         return Batch(inputs, targets).formatted(memory_format)
-
-    @cached_property
-    def _outputs(self) -> int:
-        return 2 if self.workload.name.startswith("add+") else 1
 
 
 def _forget() -> None:

@@ -32,7 +32,13 @@ from benchmarks.workers import INTERPRETED, spread
 COMPILED, FUSED = "torch.compile", "fusedres"
 PER_LAYER, WHOLE = "per layer", "whole network"
 # Of the fused step, by name: keyword arguments of fusedres.fuse.
-VARIANTS: dict[str, dict[str, Any]] = {PER_LAYER: {}}
+BEYOND_A_LAYER = ("stem", "join", "fork", "head")
+VARIANTS: dict[str, dict[str, Any]] = {
+    WHOLE: {},
+    **{f"without {name}": {"disable": (name,)} for name in BEYOND_A_LAYER},
+    PER_LAYER: {"disable": BEYOND_A_LAYER},
+    "recompute": {"save": "recompute"},
+}
 QUICK = (PER_LAYER, WHOLE)
 BUDGET = {"eager_share": 0.62, "per_layer_share": 0.85}  # of WHOLE
 VECTORS = 0.25  # of what kernels move, at most: more would be activations that were not seen as such

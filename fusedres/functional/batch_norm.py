@@ -92,7 +92,7 @@ def _batch_norm_act(
     """The output twice: with ``fork`` under two names, where a gradient is needed and the kernels run."""
     mean, var, weight, bias, training, momentum, eps, count = norm
     covered = use_kernels(input, residual, *norm.tensors)
-    if not covered or eager_is_faster(input, kind(residual, act), training, momentum):
+    if not covered or eager_is_faster(input, kind(residual, act, fork), training, momentum):
         out = reference.batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=count)
         return out, out
     save_for_backward = needs_grad(input, residual, weight, bias)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fusedres import ops, reference
 from fusedres.functional.checks import BatchNormState, Pooling, check_batch_norm, check_pooling, needs_grad
-from fusedres.ops import pool_refusal, use_kernels
+from fusedres.ops import eager_is_faster, pool_refusal, use_kernels
 from fusedres.reference import Extent
 
 
@@ -87,7 +87,8 @@ def _batch_norm_act_max_pool2d(
     mean, var, weight, bias, training, momentum, eps, count = norm
     check_batch_norm(input, norm, None, act)
     refused = pool_refusal(pooling.kernel_size, pooling.dilation, pooling.ceil_mode)
-    if not use_kernels(input, *norm.tensors, reason=refused):
+    covered = use_kernels(input, *norm.tensors, reason=refused)
+    if not covered or eager_is_faster(input, "bn+relu+maxpool", training, momentum):
         out = reference.batch_norm_act_max_pool2d(
             input, *norm[:7], act=act, **pooling._asdict(), num_batches_tracked=count
         )  # fmt: skip

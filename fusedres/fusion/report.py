@@ -23,7 +23,9 @@ SAVED = "bytes_saved"
 # What the benchmarks call a pattern. They compare no layer without its ReLU, but for a plain BatchNorm.
 _KINDS = {
     "bn": "bn", "bn_act": "bn+relu", "bn_add": "bn+add+relu", "bn_add_act": "bn+add+relu", "add_bn": "add+bn+relu",
-    "add_bn_act": "add+bn+relu",
+    "add_bn_act": "add+bn+relu", "bn_add_bn": "bn+add+bn+relu", "bn_add_bn_act": "bn+add+bn+relu",
+    "bn_act_maxpool": "bn+relu+maxpool", "bn_avgpool": "bn+add+relu+avgpool", "bn_act_avgpool": "bn+add+relu+avgpool",
+    "bn_add_avgpool": "bn+add+relu+avgpool", "bn_add_act_avgpool": "bn+add+relu+avgpool",
 }  # fmt: skip
 
 
@@ -40,9 +42,10 @@ class Explanation:
 
     Attributes:
         rows: dicts of ``module`` (qualified name; the block's for a print), ``pattern`` (``bn``, ``bn_act``,
-            ``bn_add``, ``bn_add_act``, ``add_bn``, ``add_bn_act``, ``ln``, ``ln_linear_act``, ``linear_ln_act`` or
-            ``print``), ``path`` (``triton``, ``reference`` or, for what is left alone, ``eager``), ``reason`` and
-            ``bytes_saved`` (an int, or ``None`` where it is not known; see :func:`explain`).
+            ``bn_add``, ``bn_add_act``, ``add_bn``, ``add_bn_act``, ``bn_add_bn``, ``bn_add_bn_act``,
+            ``bn_act_maxpool``, any but those after ``bn_add_act`` with ``_avgpool``, ``ln``, ``ln_linear_act``,
+            ``linear_ln_act`` or ``print``), ``path`` (``triton``, ``reference`` or, for what is left alone,
+            ``eager``), ``reason`` and ``bytes_saved`` (an int, or ``None`` where it is not known; see :func:`explain`).
         bytes_saved: the sum of the rows'; ``None`` without an input.
         note: why not all is known, where a forward could not be followed to its end.
         standing: on a GPU, whether kernels were compared with PyTorch's own there, by which ``path`` is chosen.
@@ -129,13 +132,19 @@ def _by_size(entry: Entry, reason: str, sizes: Sizes) -> dict[str, str]:
     for seen in (made[entry.place] for made in calls if entry.place < len(made)):
         if not isinstance(norm, nn.BatchNorm2d) or norm.momentum is None or seen.elements == 0:
             continue
-        kind, channels = _KINDS.get(entry.call.pattern), norm.num_features
+        kind, channels = _kind(entry.call), norm.num_features
         rows = seen.elements // channels
         ratio = None if kind is None else slower_than_eager(device, kind, norm.training, seen.dtype, rows, channels)
         if ratio is not None:
             why = f"at [{rows}, {channels}] PyTorch's own kernels are faster: ours have {ratio:.2f} of their speed"
             return {"path": "reference", "reason": "; ".join(filter(None, (why, reason)))}
     return {}
+
+
+def _kind(call: Call) -> str | None:
+    """What the benchmarks call the layer; not all were measured."""
+    kind = _KINDS.get(call.pattern)
+    return "bn+add+relu+fork" if call.forks and kind in ("bn", "bn+relu", "bn+add+relu") else kind
 
 
 def _saved(entry: Entry, path: str, sizes: Sizes) -> int | None:

@@ -37,7 +37,7 @@ def eager_is_faster(input: Tensor, kind: str, training: bool, momentum: float | 
     """Whether ``auto`` leaves this call, which kernels cover, to PyTorch's own.
 
     Args:
-        kind: ``bn``, ``bn+relu``, ``bn+add+relu`` or ``add+bn+relu``.
+        kind: what the benchmarks call the layer, as ``bn+add+relu``.
     """
     if not _MEASURED or torch.compiler.is_compiling() or input.device.type not in TIMED or momentum is None:
         return False
@@ -81,8 +81,13 @@ def measured_speed(
     return min(points, key=distance)[2]
 
 
-def kind(residual: Tensor | None, act: str | None) -> str:
-    """What the benchmarks call a layer. None that adds a residual is measured without its ReLU."""
+def kind(residual: Tensor | None, act: str | None, fork: bool = False) -> str:
+    """What the benchmarks call a layer. None that adds a residual is measured without its ReLU.
+
+    Of those with a fork, which saves eager a pass in any of them, the one that ends a block is.
+    """
+    if fork:
+        return "bn+add+relu+fork"
     return "bn+add+relu" if residual is not None else "bn+relu" if act else "bn"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fusedres
 from benchmarks import rivals
 from benchmarks.errors import BenchmarkError
 from benchmarks.layers import fused
@@ -30,6 +31,7 @@ class Provider:
         by_default: whether it takes part without being named; ``quick``, in quick runs too.
         needs: the module it is made of, where that is an optional one.
         layers: the kinds of layers it has; ``None`` for whole models too.
+        whole: whether it is for whole models alone.
         replays: whether its memory belongs to captured graphs, so that a step allocates next to nothing.
     """
 
@@ -42,6 +44,7 @@ class Provider:
     quick: bool = True
     needs: str | None = None
     layers: tuple[str, ...] | None = None
+    whole: bool = False
     replays: bool = False
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -156,6 +159,7 @@ PROVIDERS = {
             compiles=True, by_default=False,
         ),
         Provider("fusedres", True, fused),
+        Provider("fusedres + recompute", True, partial(fusedres.fuse, save="recompute"), quick=False, whole=True),
         Provider("fusedres + compile", True, _fuse_and_compile, compiles=True, quick=False),
         Provider("fusedres + CUDA graph", True, _fuse_and_capture, needs_gpu=True, replays=True),
         Provider(

@@ -115,6 +115,7 @@ class Workload:
             if (self.compiled or not p.compiles)
             and (self.channels_last or p.name != BASELINE)
             and (p.layers is None or (self.layer and self.name.split()[0] in p.layers))
+            and not (p.whole and self.layer)
         ]
         return able if any(p.name == self.baseline for p in able) else [PROVIDERS[self.baseline], *able]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.instruments.interpreter import fast_interpreter, kernels_skipped
 from benchmarks.instruments.saved import Saved, saved_for_backward
 from benchmarks.providers import BASELINE, EAGER, PROVIDERS
 from benchmarks.suite import Request
@@ -133,6 +134,34 @@ def test_a_wrong_provider_has_no_share(monkeypatch: pytest.MonkeyPatch, tmp_path
     memory.table([eager, ours])
 
 
+def test_more_than_the_budget_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case = Case("resnet34", (BASELINE, "fusedres + recompute"), (2, 3, 64, 64), "float32", "cpu")
+    figures = {"saved_mib": 1.0, "alive_mib": 1.0, "peak_mib": None}
+    for saved, status in ((0.72, "ok"), (0.73, "WRONG")):
+        answers = {
+            BASELINE: {"figures": dict(figures), "check": {"ok": True}},
+            "fusedres + recompute": {"figures": dict(figures, saved_mib=saved), "check": {"ok": True}},
+        }
+        monkeypatch.setattr(memory, "apart", lambda *_, answers=answers: answers)
+        assert [row.status for row in memory.run(request(tmp_path), [case])] == ["ok", status]
+
+
+@pytest.mark.parametrize("workload", ["resnet34", "resnet50"])
+def test_networks_keep_to_their_budget(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the launchers at work, as in training; what autograd lists, and what is alive."""
+    monkeypatch.setenv("FUSEDRES_BACKEND", "triton")
+    providers = (BASELINE, "fusedres", "fusedres + recompute")
+    case = Case(workload, providers, (2, 3, 128, 128), "float32", "cpu")
+    found = {}
+    with fast_interpreter(), kernels_skipped(torch.device("cpu")):
+        for name in providers:
+            found[name] = memory._figures(case, memory._instance(case, name, case.subject.build()))
+    for (model, name), most in memory.BUDGET.items():
+        if model == workload:
+            for kind in ("saved_mib", "alive_mib"):
+                assert found[name][kind] <= most * found[BASELINE][kind], (name, kind)
+
+
 def test_a_provider_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(model: nn.Module) -> nn.Module:
         raise RuntimeError("no\nway")
@@ -156,9 +185,9 @@ def test_a_process_that_fails_becomes_rows(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_plan(tmp_path: Path) -> None:
     cases = memory.plan(request(tmp_path))
     assert [case.workload for case in cases] == ["resnet34", "resnet50"]
-    assert all(case.providers == (EAGER, BASELINE, "fusedres") for case in cases)
+    assert all(case.providers == (EAGER, BASELINE, "fusedres", "fusedres + recompute") for case in cases)
     [mlp] = [c for c in memory.plan(request(tmp_path, quick=False)) if c.workload == "residual_mlp"]
-    assert mlp.providers == (EAGER, "fusedres"), "there is no memory format to choose"
+    assert mlp.providers == (EAGER, "fusedres", "fusedres + recompute"), "there is no memory format to choose"
     assert memory.plan(request(tmp_path, providers=("fusedres",), batches=(2,)))[0].providers == (BASELINE, "fusedres")
     with pytest.raises(BenchmarkError, match="only float32"):
         memory.plan(request(tmp_path, dtypes=("bfloat16",)))

@@ -17,14 +17,14 @@ from tests.oracle import BatchNormInputs, Tensors, batch_norm_inputs, check_batc
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ONE_LAUNCH, TWO_LAUNCHES = (4, 16, 7, 7), (34, 5, 9, 7)
+ONE_LAUNCH, TWO_LAUNCHES, FROZEN = (4, 16, 7, 7), (34, 5, 9, 7), (9, 5, 9, 7)
 both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 both_acts = pytest.mark.parametrize("act", ["relu", None])
 residual_or_not = pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
 every_path = pytest.mark.parametrize(
     ("shape", "training"),
-    [(ONE_LAUNCH, True), (TWO_LAUNCHES, True), (TWO_LAUNCHES, False)],
+    [(ONE_LAUNCH, True), (TWO_LAUNCHES, True), (FROZEN, False)],
     ids=["one launch", "two launches", "eval"],
 )
 
@@ -103,7 +103,7 @@ def test_without_activation(device, shape, training, channels_last, residual):
         (3, 40, 2, 3),  # many images in a tile
         (65, 3, 3, 3),
         (2, 3, 41, 27),  # larger than a tile, and not a multiple of eight pixels
-        (1, 8, 64, 64),
+        (1, 8, 32, 32),
     ],
     ids=str,
 )
@@ -149,9 +149,10 @@ def test_momentum(device, shape, momentum):
     assert actual["num_batches_tracked"].item() == 4
 
 
-@pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("shape", [(4, 40, 7, 7), (34, 40, 9, 7)], ids=["one launch", "two launches"])
 @both_layouts
 def test_large_mean(device, channels_last, shape):
+    """An average keeps what rounding did to the channel's mean: much or little by chance, so over many channels."""
     inputs = inputs_of(shape, torch.float32, True, mean=1e3, std=1.0)
     check(inputs, device, channels_last=channels_last, training=True, act=None)
 
@@ -197,10 +198,16 @@ LEAVES = ("input", "residual", "weight", "bias")
 
 @pytest.mark.parametrize("frozen", [{"input"}, {"residual"}, {"weight", "bias"}, {"input", "weight", "bias"}], ids=str)
 @both_acts
-@every_path
+@pytest.mark.parametrize(
+    ("shape", "training"),
+    [((2, 8, 3, 3), True), (FROZEN, True), (FROZEN, False)],
+    ids=["one launch", "two launches", "eval"],
+)
 def test_partial_gradients(device, shape, training, act, frozen):
     """What needs no gradient gets none, and the rest does not change."""
-    inputs = inputs_of(shape, torch.float32, training, residual=True).map(lambda t: t.to(device))
+    inputs = inputs_of(shape, torch.float32, training, residual=True).map(
+        lambda t: (t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t).to(device)
+    )
     everything = run_batch_norm(batch_norm_act_global_avg_pool2d, inputs, training, act)
     given = inputs.map(lambda t: t.clone())
     leaves = {name: getattr(given, name).requires_grad_(name not in frozen) for name in LEAVES}

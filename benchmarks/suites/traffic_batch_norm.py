@@ -128,13 +128,15 @@ class Case(NamedTuple):
         return found
 
     def figures(self, phase: str, meter: TrafficMeter, eager: TrafficMeter) -> dict[str, float | None]:
+        return self.moved(phase, meter, eager) | dict(zip(PEERS, OTHERS[self.workload][phase], strict=True))
+
+    def moved(self, phase: str, meter: TrafficMeter, eager: TrafficMeter) -> dict[str, float | None]:
         return {
             "passes": round(meter.passes, 4),
             "distinct_passes": round(meter.distinct_passes, 4),
             "aten_passes": round(meter.aten_passes, 4),
             "budget_passes": self.budget(phase),
             "eager_passes": round(eager.aten_passes, 4),
-            **dict(zip(PEERS, OTHERS[self.workload][phase], strict=True)),
             "vector_share": round(meter.vector_bytes / meter.issued_bytes, 5),
         }
 

@@ -131,7 +131,9 @@ def _average(x, count, total):
 def _moments(count, mean, m2):
     """(mean, biased variance) of all samples: Chan's formula over axis 0 of count [R, 1], mean and m2 [R, C]."""
     total = tl.sum(count, axis=0)
-    mean_c = _average(count * mean, count, total)
+    mean_c = _sum_rows(count * mean) / total
+    # As in _average, but of differences, which are exact: count·mean has been rounded.
+    mean_c += _sum_rows(count * (mean - mean_c[None, :])) / total
     spread = mean - mean_c[None, :]
     return mean_c, _average(m2 + spread * (count * spread), count, total)
 

@@ -33,7 +33,7 @@ def _image_offsets(
     """
     offs_m, c = tl.arange(0, BLOCK_N * BLOCK_S), tl.arange(0, BLOCK_C)
     n, s = offs_m // BLOCK_S, offs_m % BLOCK_S
-    mask = ((n0 + n < N) & (s0 + s < S))[:, None] & (c0 + c < C)[None, :]
+    mask = ((n < (N - n0).to(tl.int32)) & (s < S - s0))[:, None] & (c < C - c0)[None, :]
     if CHANNELS_LAST:
         base = (n0 * S + s0) * C + c0
         offsets = (n * S + s)[:, None] * C + c[None, :]
@@ -123,8 +123,9 @@ def _batch_norm_head_fwd_apply_kernel(
         scale = tl.load(stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
         shift = tl.load(stats_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
 
-    first = pid_n.to(tl.int64) * (TILES * BLOCK_N)
-    for n0 in range(first, tl.minimum(first + TILES * BLOCK_N, N), BLOCK_N):
+    first = pid_n * (TILES * BLOCK_N)
+    for n in range(first, tl.minimum(first + TILES * BLOCK_N, N), BLOCK_N):
+        n0 = tl.full([], 0, dtype=tl.int64) + n
         y = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], dtype=tl.float32)
         for s0 in range(0, S, BLOCK_S):
             base, offsets, mask = _image_offsets(n0, s0, c0, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C, CHANNELS_LAST)

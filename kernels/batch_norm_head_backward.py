@@ -24,11 +24,11 @@ from fusedres.kernels.workspace import counters, num_sms, on_device
 
 
 @triton.jit
-def _average_gradient(dy_ptr, n0, offs_c, N, C, S, BLOCK_N: tl.constexpr):
+def _average_gradient(dpooled_ptr, n0, offs_c, N, C, S, BLOCK_N: tl.constexpr):
     """dy / S [BLOCK_N, BLOCK_C]: what every pixel of an image is handed."""
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
-    dy = tl.load(dy_ptr + offs_n[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dpooled_ptr + offs_n[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
     return dy / S.to(tl.float32)
 
 
@@ -58,9 +58,15 @@ def _head_gradient_tile(
     return tl.where(keep, tl.reshape(spread, [BLOCK_N * BLOCK_S, BLOCK_C]), 0.0)
 
 
+@triton.jit
+def _sum_of_eight(x):
+    """[R, C] to [R / 8, C]: what pixels of an image add up is alike, and a long sum of it rounds to one side."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 8, 8, x.shape[1]]), axis=1)
+
+
 @triton.jit(do_not_specialize=["N", "C", "S"])
 def _batch_norm_head_bwd_reduce_kernel(
-    dy_ptr, x_ptr, mask_ptr, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr,
+    dpooled_ptr, x_ptr, mask_ptr, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr,
     dresidual_ptr, dx_ptr,
     N, C, S,
     RELU: tl.constexpr, SUMS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
@@ -80,13 +86,13 @@ def _batch_norm_head_bwd_reduce_kernel(
     for tile in range(tl.program_id(1), tl.cdiv(N, BLOCK_N) * pixel_tiles, tl.num_programs(1)):
         n0, s0 = (tile // pixel_tiles).to(tl.int64) * BLOCK_N, tile % pixel_tiles * BLOCK_S
         base, offsets, mask = _image_offsets(n0, s0, c0, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C, CHANNELS_LAST)
-        dy = _average_gradient(dy_ptr, n0, offs_c, N, C, S, BLOCK_N)
+        dy = _average_gradient(dpooled_ptr, n0, offs_c, N, C, S, BLOCK_N)
         x_centred = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], dtype=tl.float32)
         if RELU and mask_ptr is None:
             x_centred = _centred_tile(x_ptr, mean, base, offsets, mask)
         g = _head_gradient_tile(
             dy, x_centred, mask_ptr, scale, shift, mask, n0, s0, c0, N, C, S,
-            dy_ptr.dtype.element_ty, RELU, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
+            dpooled_ptr.dtype.element_ty, RELU, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
         )  # fmt: skip
         if SUMS:  # ahead of the stores, whose addresses take registers too
             if not RELU or mask_ptr is not None:
@@ -99,14 +105,14 @@ def _batch_norm_head_bwd_reduce_kernel(
             tl.store(dx_ptr + base + offsets, (g * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
     if SUMS:
         _finish_sums(
-            sum_g, sum_gx, stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr, dbias_ptr,
-            offs_c, mask_c, N.to(tl.int64) * S, C, BLOCK_C, BLOCK_P,
+            _sum_of_eight(sum_g), _sum_of_eight(sum_gx), stats_ptr, counters_ptr, partials_ptr, means_ptr, dweight_ptr,
+            dbias_ptr, offs_c, mask_c, N.to(tl.int64) * S, C, BLOCK_C, BLOCK_P,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "C", "S"])
 def _batch_norm_head_bwd_apply_kernel(
-    dy_ptr, x_ptr, mask_ptr, stats_ptr, means_ptr, dx_ptr,
+    dpooled_ptr, x_ptr, mask_ptr, stats_ptr, means_ptr, dx_ptr,
     N, C, S,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -125,15 +131,16 @@ def _batch_norm_head_bwd_apply_kernel(
     mean_g = tl.load(means_ptr + offs_c, mask=mask_c, other=0.0)
     mean_gx = tl.load(means_ptr + C + offs_c, mask=mask_c, other=0.0)
 
-    first = pid_n.to(tl.int64) * (TILES * BLOCK_N)
-    for n0 in range(first, tl.minimum(first + TILES * BLOCK_N, N), BLOCK_N):
-        dy = _average_gradient(dy_ptr, n0, offs_c, N, C, S, BLOCK_N)
+    first = pid_n * (TILES * BLOCK_N)
+    for n in range(first, tl.minimum(first + TILES * BLOCK_N, N), BLOCK_N):
+        n0 = tl.full([], 0, dtype=tl.int64) + n
+        dy = _average_gradient(dpooled_ptr, n0, offs_c, N, C, S, BLOCK_N)
         for s0 in range(0, S, BLOCK_S):
             base, offsets, mask = _image_offsets(n0, s0, c0, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C, CHANNELS_LAST)
             x_centred = _centred_tile(x_ptr, mean, base, offsets, mask)
             g = _head_gradient_tile(
                 dy, x_centred, mask_ptr, scale, shift, mask, n0, s0, c0, N, C, S,
-                dy_ptr.dtype.element_ty, RELU, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
+                dpooled_ptr.dtype.element_ty, RELU, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
             )  # fmt: skip
             dx = scale[None, :] * (g - mean_g[None, :] - x_centred * mean_gx[None, :])
             tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -141,7 +148,7 @@ def _batch_norm_head_bwd_apply_kernel(
 
 @triton.jit(do_not_specialize=["N", "C", "S"])
 def _batch_norm_head_bwd_on_chip_kernel(
-    dy_ptr, x_ptr, mask_ptr, stats_ptr, dweight_ptr, dbias_ptr, dresidual_ptr, dx_ptr,
+    dpooled_ptr, x_ptr, mask_ptr, stats_ptr, dweight_ptr, dbias_ptr, dresidual_ptr, dx_ptr,
     N, C, S,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -157,11 +164,11 @@ def _batch_norm_head_bwd_on_chip_kernel(
 
     n0 = tl.full([], 0, dtype=tl.int64)
     base, offsets, mask = _image_offsets(n0, 0, c0, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C, CHANNELS_LAST)
-    dy = _average_gradient(dy_ptr, n0, offs_c, N, C, S, BLOCK_N)
+    dy = _average_gradient(dpooled_ptr, n0, offs_c, N, C, S, BLOCK_N)
     x_centred = _centred_tile(x_ptr, mean, base, offsets, mask)
     g = _head_gradient_tile(
         dy, x_centred, mask_ptr, scale, shift, mask, n0, 0, c0, N, C, S,
-        dy_ptr.dtype.element_ty, RELU, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
+        dpooled_ptr.dtype.element_ty, RELU, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
     )  # fmt: skip
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + base + offsets, g.to(dresidual_ptr.dtype.element_ty), mask=mask)

@@ -57,7 +57,7 @@ def _resources(launch: Launch, arch: str, code: Code) -> list[str]:
 def _widths(launch: Launch, arch: str, code: Code) -> list[str]:
     """As many 128-bit accesses a thread as its share of the tile in every activation needs."""
     constants = launch.constants
-    tile = math.prod(constants.get(name, 1) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C"))
+    tile = math.prod(constants.get(name, 1) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_S", "BLOCK_C"))
 
     def lacking(kind: str, names: tuple[str, ...], there: int) -> list[str]:
         widths = [BITS[launch.tensors[name]] for name in names if name in launch.tensors]

@@ -23,6 +23,7 @@ from benchmarks.results import Key, Row
 from benchmarks.suite import CPU, Request, Suite
 from benchmarks.suites import (
     traffic_batch_norm,
+    traffic_batch_norm_head,
     traffic_batch_norm_pool,
     traffic_convolution,
     traffic_join,
@@ -107,6 +108,7 @@ class Case:
 DTYPE, DTYPE_NAME, PROVIDER = torch.bfloat16, "bfloat16", "fusedres"
 SUBJECTS: list[Subject] = [
     *traffic_batch_norm.CASES,
+    *traffic_batch_norm_head.CASES,
     *traffic_batch_norm_pool.CASES,
     *traffic_join.CASES,
     *traffic_convolution.CASES,

@@ -39,7 +39,7 @@ _INFERENCE = {"bn": (2, 2), "bn_act": (4, 2), "bn_add": (5, 3), "bn_add_act": (7
 _BITS = {"bn_add_act": 2, "bn_add_act_avgpool": 3}  # accesses of the mask
 # What the second gradient costs where the output has two readers: eager adds it, the kernels read it.
 _FORK = 3
-_FORKED = {"bn": 2, "bn_act": 2, "bn_add": 1, "bn_add_act": 1, "bn_add_bn": 2, "bn_add_bn_act": 2}
+_FORKED = {"bn": 2, "bn_act": 2, "bn_add": 2, "bn_add_act": 1, "bn_add_bn": 2, "bn_add_bn_act": 2}
 _RECOMPUTED = 2  # the output of a ReLU, written and read once more
 
 

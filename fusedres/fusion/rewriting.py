@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fusedres.fusion.runtime import norm_add, norm_add_norm
 from fusedres.fusion.values import Values, is_standard, print_function
 
 _RELU_FUNCTIONS = {torch.relu, torch.relu_, F.relu, F.relu_}
@@ -226,6 +227,8 @@ def describe(node: fx.Node) -> str:
     """What ``node`` calls, for a reason."""
     if node.op == "output":
         return "the end of its block"
+    if node.target in (norm_add, norm_add_norm):
+        return "an addition"
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 

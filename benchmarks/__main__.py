@@ -19,6 +19,7 @@ from rich.console import Console
 from benchmarks import providers, results
 from benchmarks.environment import resolve_device
 from benchmarks.errors import BenchmarkError, fail
+from benchmarks.reporting import preferences
 from benchmarks.suite import Request, drive
 from benchmarks.suites import ALL, SUITES
 from benchmarks.workloads import DTYPES
@@ -51,13 +52,15 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     lines = [f"  {suite.name:14} {suite.summary}" for suite in SUITES.values()]
     lines += ["  report         the README's tables, the plots and a page of everything, from the rows"]
+    lines += ["  prefer         the package's table of where PyTorch's own kernels are faster, from a GPU's rows"]
     lines += [f"  all            {', '.join(ALL)}, report"]
     parser = _Parser(
         prog="python -m benchmarks", description=__doc__, epilog="suites:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     several = {"action": "append", "default": None}
-    parser.add_argument("suite", nargs="?", default="all", choices=[*SUITES, "report", "all"], metavar="SUITE")
+    choices = [*SUITES, "report", "prefer", "all"]
+    parser.add_argument("suite", nargs="?", default="all", choices=choices, metavar="SUITE")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     parser.add_argument("--provider", **several, help=f"repeatable; one of: {', '.join(providers.PROVIDERS)}")
     parser.add_argument("--workload", **several, help="repeatable; by its name in the tables")
@@ -76,6 +79,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace) -> bool:
+    if arguments.suite == "prefer":
+        for device, found in preferences.write(arguments.output).items():
+            sizes = [speed for points in found["speed"].values() for *_, speed in points]
+            CONSOLE.print(f"{device}: PyTorch's own at {sum(s < 1 for s in sizes)} of {len(sizes)} sizes")
+        return True
     request = _request(arguments)
     names = {"all": ALL, "report": ()}.get(arguments.suite, (arguments.suite,))
     plans = {name: SUITES[name].plan(request) for name in names}

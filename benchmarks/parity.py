@@ -6,6 +6,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from benchmarks.timing import Batch, as_tuple, autocast
 # every input; a sign that flips at a ReLU because a value rounded to the other side of zero is not, and raises float32
 # gradients' error a hundredfold. A layer's cotangents leave those out, so that what is wrong most of the time fails.
 INPUTS = 5
+Around = Callable[[str], AbstractContextManager[object]]
 Errors = dict[str, tuple[float, float]]  # what -> relative error in the 2-norm and in the maximum norm
 
 
@@ -30,6 +32,7 @@ def check(
     dtype: torch.dtype,
     *,
     channels_last: bool = True,
+    around: Around = nullcontext,
 ) -> dict[str, dict[str, Any]]:
     """Compare each instance with float64 eager from the weights of ``model``; a verdict and the errors by name.
 
@@ -41,6 +44,7 @@ def check(
         batches: of labels of a classifier, or of cotangents of a layer with at most one ReLU; on the device of
             ``instances``.
         channels_last: whether there are two memory formats of the input.
+        around: what the ``"forward"`` and the ``"backward"`` of the instances' training steps run in, each anew.
     """
     if not instances:
         return {}
@@ -62,7 +66,7 @@ def check(
             name = instance.provider.name
             try:
                 formatted = wanted.formatted(instance.memory_format)
-                actual = _evaluate(instance.module, instance.call, state, formatted, dtype)
+                actual = _evaluate(instance.module, instance.call, state, formatted, dtype, around)
             except Exception as error:  # a provider that cannot run is a result, not the end of the benchmark
                 failed[name] = first_line(error)
                 continue
@@ -97,7 +101,12 @@ def _without_ties(exact: nn.Module, batch: Batch, dtype: torch.dtype) -> Batch:
 
 
 def _evaluate(
-    module: nn.Module, call: Callable[..., Any], state: dict[str, Any], batch: Batch, dtype: torch.dtype
+    module: nn.Module,
+    call: Callable[..., Any],
+    state: dict[str, Any],
+    batch: Batch,
+    dtype: torch.dtype,
+    around: Around = nullcontext,
 ) -> dict[str, Tensor]:
     """Outputs, gradients and statistics of a training step, and outputs in evaluation mode.
 
@@ -109,11 +118,12 @@ def _evaluate(
     module.zero_grad(set_to_none=True)
     layer = not isinstance(batch.target, Tensor)
     inputs = [x.detach().clone().requires_grad_(layer) for x in batch.inputs]
-    with autocast(inputs[0], dtype):
+    with around("forward"), autocast(inputs[0], dtype):
         outputs = as_tuple(call(*inputs))
         losses = outputs if layer else (F.cross_entropy(*outputs, batch.target),)  # pyright: ignore
     cotangents = [c.to(y.dtype) for c, y in zip(batch.target, outputs, strict=True)] if layer else None
-    torch.autograd.backward(losses, cotangents)
+    with around("backward"):
+        torch.autograd.backward(losses, cotangents)
     gradients = {f"input {number}": x.grad for number, x in enumerate(inputs, 1)}
     gradients |= {name: p.grad for name, p in module.named_parameters()}
     gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}

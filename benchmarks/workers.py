@@ -47,7 +47,7 @@ def spread(
     deadline = time.monotonic() + seconds
     pool = _pool(min(os.cpu_count() or 1, MOST, len(cases)))
     try:
-        with _environment(environment):  # which processes inherit as they start
+        with variables(environment):  # which processes inherit as they start
             futures = {pool.submit(work, case): case for case in cases}
         for future in as_completed(futures):
             yield from _missing(suite, futures[future]) if future.cancelled() else _result(future)
@@ -64,7 +64,7 @@ def apart(function: Callable[..., T], environment: Mapping[str, str | None], *ar
     Raises:
         BenchmarkError: it failed; with the reason.
     """
-    with _pool(1) as pool, _environment(environment):
+    with _pool(1) as pool, variables(environment):
         return _result(pool.submit(function, *arguments))
 
 
@@ -93,7 +93,8 @@ def _missing(suite: str, case: Case) -> list[Row]:
 
 
 @contextmanager
-def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+def variables(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment variables set meanwhile; removed where ``None``."""
     before = {name: os.environ.get(name) for name in changes}
     _apply(changes)
     try:

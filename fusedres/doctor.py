@@ -24,7 +24,8 @@ from fusedres import __version__, functional, reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 VARIABLES = (
-    "FUSEDRES_BACKEND", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_VISIBLE_DEVICES",
+    "FUSEDRES_BACKEND", "FUSEDRES_COOPERATIVE", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR",
+    "CUDA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS",
 )  # fmt: skip
@@ -35,6 +36,9 @@ FUNCTIONS: dict[str, dict[str, tuple[int, ...]]] = {
     "batch_norm_act": _BATCH_NORM,
     "batch_norm_act + residual": _BATCH_NORM | {"residual": (8, 20, 7, 9)},
     "add_batch_norm_act": _BATCH_NORM | {"residual": (8, 20, 7, 9)},
+    "batch_norm_act_conv2d": _BATCH_NORM | {"conv_weight": (12, 20, 3, 3), "conv_bias": (12,)},
+    "add_batch_norm_act_conv2d": _BATCH_NORM
+    | {"residual": (8, 20, 7, 9), "conv_weight": (12, 20, 3, 3), "conv_bias": (12,)},
     "layer_norm_linear_act": _LINEAR | {"ln_weight": (40,), "ln_bias": (40,)},
     "linear_layer_norm_act": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,)},
     "linear_layer_norm_act + residual": _LINEAR | {"ln_weight": (24,), "ln_bias": (24,), "residual": (48, 24)},
@@ -70,7 +74,7 @@ def diagnose() -> tuple[list[str], list[str]]:
     if device.type == "cuda" and refused and "FUSEDRES_BACKEND" not in refused:
         problems.append(f"the kernels are not used: {refused}")
     backend = f"reference: {refused}" if refused else f"triton, on {device}"
-    lines += _section("backend", [backend])
+    lines += _section("backend", [backend, *filter(None, [None if refused else functional.standing(device)])])
     lines += _section("environment", [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ])
     header = f"{'':43}{'path':10}{'forward':>10}{'eager':>10}{'backward':>10}{'eager':>10}"
     checks = [check(function, dtype, device) for function in FUNCTIONS for dtype in DTYPES]
@@ -105,9 +109,14 @@ def _tensors(function: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Random, the same in each call; activations and products of ``dtype``, BatchNorm's vectors in float32."""
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in FUNCTIONS[function].items()}
+    if "conv_weight" in tensors:
+        # No cotangent is 0 for one value of what a convolution reads: all of them are away from the ReLU's kink.
+        tensors["input"] += (tensors["input"] + tensors.get("residual", 0)).sign()
+        tensors["weight"].abs_().add_(0.5)
+        tensors["bias"].clamp_(-0.1, 0.1)
     if "running_var" in tensors:
         tensors["running_var"].abs_()
-        return {name: t.to(dtype) if t.dim() > 1 else t for name, t in tensors.items()}
+        return {name: t.to(dtype) if t.dim() > 1 or name == "conv_bias" else t for name, t in tensors.items()}
     return {name: t.to(dtype) for name, t in tensors.items()}
 
 

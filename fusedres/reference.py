@@ -5,6 +5,9 @@ It is the path taken on devices and for dtypes that no kernel covers, and what t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,6 +60,52 @@ def add_batch_norm_act(
         act=act, num_batches_tracked=num_batches_tracked,
     )  # fmt: skip
     return total, out
+
+
+def batch_norm_act_conv2d(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: str | None = "relu",
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """``conv2d(act(batch_norm(input)))``; arguments as :func:`fusedres.functional.batch_norm_act_conv2d`."""
+    out = batch_norm_act(
+        input, running_mean, running_var, weight, bias, training, momentum, eps,
+        act=act, num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip
+    return F.conv2d(out, conv_weight, conv_bias, stride, padding, dilation, groups)  # pyright: ignore[reportArgumentType]
+
+
+def add_batch_norm_act_conv2d(
+    input: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """``(s, conv2d(act(batch_norm(s))))`` of ``s = input + residual``, options as :func:`batch_norm_act_conv2d`."""
+    total = input + residual
+    return total, batch_norm_act_conv2d(
+        total, running_mean, running_var, weight, bias, training, momentum, eps, **options
+    )  # fmt: skip
 
 
 def layer_norm_linear_act(

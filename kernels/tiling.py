@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from fusedres.kernels.layout import Rows, alignment
 
 TILE_ELEMENTS = 4096  # 16 a thread at 8 warps in 16 bits: two 128-bit loads of every operand in flight
 ON_CHIP_ELEMENTS = 8192  # 16 a thread at 16 warps; with 32 the backward spilled on sm_100, the forward on gfx942
+RESIDENT, RESIDENT_REGISTERS = 3, 80  # programs a multiprocessor that wait for each other, registers of their threads
 MIN_ROWS = 128  # rows a program handles at least, so that per-channel vectors stay under 5% of its traffic
 MAX_CHANNEL_TILES = 1023  # one arrival counter each, and one for the launch
 PROGRAMS_PER_SM = 4
+SHAPES = 4096  # whose configurations are kept: a network asks for the same few at every step
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def _num_warps(view: Rows, itemsize: int, elements: int) -> int:
     return max(1, min(16, elements * _thinning(view, itemsize) // (32 * 16)))
 
 
+@functools.lru_cache(SHAPES)
 def elementwise(view: Rows, itemsize: int) -> Tiling:
     """For the apply kernels: every program a fixed number of consecutive rows."""
     block_m, block_c = _tile(view, itemsize)
@@ -88,6 +92,7 @@ def elementwise(view: Rows, itemsize: int) -> Tiling:
     )
 
 
+@functools.lru_cache(SHAPES)
 def reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
     """For the statistics and the backward reduction: a few programs for every multiprocessor."""
     block_m, block_c = _tile(view, itemsize)
@@ -104,6 +109,7 @@ def reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
     )
 
 
+@functools.lru_cache(SHAPES)
 def on_chip(view: Rows, itemsize: int) -> Tiling | None:
     """For the single-launch kernels: all rows of a channel tile in registers; ``None`` where they do not fit.
 
@@ -114,6 +120,20 @@ def on_chip(view: Rows, itemsize: int) -> Tiling | None:
     if block_m * block_c > ON_CHIP_ELEMENTS // _thinning(view, itemsize):
         return None
     return Tiling(block_m, block_c, _num_warps(view, itemsize, block_m * block_c), 1, cdiv(view.C, block_c), 1)
+
+
+@functools.lru_cache(SHAPES)
+def cooperative(view: Rows, itemsize: int, num_sms: int) -> Tiling | None:
+    """For the launch whose programs wait for each other: a tile each, all resident at once; ``None`` where they do
+    not fit.
+
+    ``RESIDENT`` programs of up to 8 warps are, on every architecture, if their threads have few enough registers.
+    """
+    block_m, block_c = _tile(view, itemsize)
+    channel_tiles, programs = cdiv(view.C, block_c), cdiv(view.M, block_m)
+    if channel_tiles * programs > RESIDENT * num_sms or 2 * channel_tiles > MAX_CHANNEL_TILES:
+        return None
+    return Tiling(block_m, block_c, _num_warps(view, itemsize, block_m * block_c), programs, channel_tiles, 1)
 
 
 MAX_LAYER_NORM = 8192  # features that a row kernel holds in registers

@@ -17,6 +17,7 @@ COUNTERS = MAX_CHANNEL_TILES + 1  # one for every channel tile, and one for the 
 STREAMS = 64  # streams of a device that have counters of their own; further ones pay a memset a launch
 
 _slots: dict[tuple[torch.device, int], int] = {}
+_HERE = contextlib.nullcontext()
 _next_slot = itertools.count()  # one draw a stream, also when threads ask at once
 
 
@@ -29,7 +30,7 @@ def counters(device: torch.device) -> Tensor:
     """
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    key = (device, torch._C._cuda_getCurrentRawStream(device.index))
     slot = _slots.get(key)
     if slot is None:
         slot = _slots.setdefault(key, min(next(_next_slot), STREAMS))
@@ -65,5 +66,5 @@ def warp_size(device: torch.device) -> int:
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Makes ``device`` current for a launch; Triton launches on the current one."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _HERE
     return torch.cuda.device(device)

@@ -55,6 +55,8 @@ EVERY_SUITE = [
     ("a-gpu", [row("probe", "64→256", "cuDNN", figures={"ms": 1.25}),
                row("probe", "64→256", "Triton", figures={"speedup": 1.3})]),
     ("cpu", [row("traffic", mode=mode, figures=dict(TRAFFIC)) for mode in ("forward", "backward")]),
+    ("cpu", [row("network", provider=name, figures={"moved_mib": moved, "eager_share": moved / 200})
+             for name, moved in (("fusedres, whole network", 103.0), ("eager channels-last", 200.0))]),
     ("cpu", [row("codegen", "_kernel", "sm_90", figures=CODE | {"registers": 200.0, "spill_bytes": 16.0}, shape=[1]),
              row("codegen", "_kernel", "sm_90", figures=dict(CODE), shape=[2])]),
     ("cpu", [row("memory", figures={"saved_mib": 12.0, "saved_share": 0.5})]),
@@ -65,6 +67,7 @@ ROWS = dict(sorted(((device, rows[0].suite), rows) for device, rows in EVERY_SUI
 SAID = (
     "1.50", "0.50 (0.45–0.55)", "1 of 2 slower", "1 WRONG", "1 OOM", "| 1.25 ms | 1.30 |",
     "3 of 3 (eager 5, inductor 3.5)", "| 12.5 |", "200 (_kernel)", "| 200, 16 B, 50% |", "50% (_kernel)",
+    "| eager channels-last | 200 | 100.0% |\n", "| fusedres, whole network | 103 | 51.5% |",
     "| 12 | 50% |", "| 7 | 3 |", "| 0.5000 |", "These are byte counts, not times",
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ Names as in torch 2.11 to 2.13.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.instruments.meter import ALLOCATIONS
+from benchmarks.instruments.meter import FREE
+from benchmarks.instruments.network import PRODUCTS
 
 # Calls in the code that Inductor writes: of kernels it generated, of operators it left as they are, and of ours.
 GENERATED = re.compile(r"^\s+(?:cpp_\w+|triton_\w+\.run)\(", re.MULTILINE)
 EXTERN = re.compile(r"^\s+(?:\w+ = )?(?:extern_kernels|torch\.ops\.(?!fusedres\.))[\w.]+\(", re.MULTILINE)
-FREE = ALLOCATIONS | {"detach", "as_strided_"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,83 @@ def compiled(step: Callable[[], object]) -> Compiled:
     sizes = [4 * words for node, words in metrics.nodes_num_elem if not isinstance(node, ExternKernelSchedulerNode)]
     moved = sum(sizes) if metrics.nodes_num_elem else None
     return Compiled(len(GENERATED.findall(source)), len(EXTERN.findall(source)), moved, breaks)
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """One graph of Inductor's: its kernels, and the bytes of counted tensors that these and library calls move."""
+
+    backward: bool
+    kernels: int
+    bytes: int
+
+
+def scheduled(step: Callable[[], object], counts: Callable[[Sequence[int]], bool]) -> list[Scheduled]:
+    """What Inductor would run for ``step``, which compiles something on a CPU: scheduled, and neither built nor run.
+
+    ``step`` itself runs with kernels that do nothing, so that the backward is captured too: its results mean nothing.
+    A tensor counts once a kernel that reads or writes it, at most in its whole size; products of ``PRODUCTS`` do not.
+
+    Args:
+        counts: whether a tensor of that shape is to be counted.
+
+    Raises:
+        BenchmarkError: this torch keeps no such accounts.
+    """
+    try:
+        from torch._inductor import config
+        from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor.graph import GraphLowering
+        from torch._inductor.utils import fresh_cache
+    except ImportError as error:
+        raise BenchmarkError(f"torch {torch.__version__} keeps no account of what it compiles: {error}") from None
+    found: list[Scheduled] = []
+    codegen = GraphLowering.codegen
+
+    def noted(graph: Any) -> Any:
+        code = codegen(graph)
+        found.append(_account(graph, counts))
+        return code
+
+    torch.compiler.reset()
+    try:
+        with (
+            fresh_cache(),  # nothing comes out of one, and code without its kernels stays in none
+            config.patch({"cpp.vec_isa_ok": True}),  # no probe of a compiler
+            mock.patch.object(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None),
+            mock.patch.object(GraphLowering, "codegen", noted),
+        ):
+            step()
+    finally:
+        torch.compiler.reset()
+    return found
+
+
+def _account(graph: Any, counts: Callable[[Sequence[int]], bool]) -> Scheduled:
+    from torch._inductor.ir import MultiOutput
+    from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+
+    kernels = moved = 0
+    for node in graph.scheduler.nodes:
+        extern = isinstance(node, ExternKernelSchedulerNode)
+        if isinstance(node, NopKernelSchedulerNode) or (extern and isinstance(node.node, MultiOutput)):
+            continue
+        if extern and not PRODUCTS.isdisjoint(_called(node.node).split(".")):
+            continue
+        kernels += not extern
+        accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+        moved += sum(size for name, size in accesses.items() if counts(_shape(graph, name)))
+    return Scheduled(graph.is_backward, kernels, moved)
+
+
+def _called(node: Any) -> str:
+    """``aten.convolution.default`` or ``extern_kernels.mm``."""
+    return str(node.op_overload or node.python_kernel_name)
+
+
+def _shape(graph: Any, name: str) -> list[int]:
+    buffer = graph.name_to_buffer.get(name) or graph.graph_inputs[name]
+    return [int(size) for size in buffer.get_size()]
 
 
 def recompilations(step: Callable[[int], object], batches: list[int]) -> list[int]:
@@ -125,6 +202,6 @@ class AtenCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if func.namespace == "aten" and not func.is_view and name not in FREE:
+        if func.namespace == "aten" and not func.is_view and name not in FREE | {"detach"}:
             self.names.append(name)
         return func(*args, **(kwargs or {}))

@@ -60,6 +60,17 @@ def batch_norm_launches(
     return launches
 
 
+def recomputation_launches(shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool) -> list[Launch]:
+    """The launch that makes a convolution's input again, also where the forward's was on-chip."""
+    from fusedres.kernels.batch_norm_forward import batch_norm_fwd_apply
+    from fusedres.kernels.layout import rows
+
+    x, stats = _activation(shape, dtype, channels_last), torch.empty(4, shape[1])
+    with recorded_launches() as launches:
+        batch_norm_fwd_apply(x, None, rows(x), stats, None, None, None, 1e-5, "relu", False)
+    return launches
+
+
 def add_batch_norm_launches(
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -105,10 +116,36 @@ def sync_batch_norm_launches(
     return launches
 
 
+def cooperative_launches(
+    shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool, residual: bool, add: bool
+) -> list[Launch]:
+    """The forward in one cooperative launch, with a mask where there is a residual that is not added in front.
+
+    None where the shape does not fit the GPU.
+    """
+    from fusedres.kernels import tiling
+    from fusedres.kernels.batch_norm_cooperative import batch_norm_fwd_cooperative
+    from fusedres.kernels.layout import rows
+
+    x, vector = _activation(shape, dtype, channels_last), torch.empty(shape[1])
+    config = tiling.cooperative(rows(x), dtype.itemsize, SMS)
+    with recorded_launches() as launches:
+        if config is None:
+            return launches
+        batch_norm_fwd_cooperative(
+            x, x if residual else None, rows(x), config, vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5,
+            "relu", residual and not add, x if add else None,
+        )  # fmt: skip
+    return launches
+
+
 def _activation(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     form = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, memory_format=form)
 
+
+COOPERATIVE_SHAPES = (((4, 64, 56, 56), True), ((2, 64, 56, 56), False), ((1, 67, 56, 56), True))
+COOPERATIVE = ({"residual": False, "add": False}, {"residual": True, "add": False}, {"residual": True, "add": True})
 
 # Every BatchNorm layer of the report; float32 with a residual in 16 bits, and the reverse, differ in the forward only.
 BATCH_NORM_LAYERS = (
@@ -286,8 +323,12 @@ def _layers(dtypes: Sequence[torch.dtype]) -> Iterator[list[Launch]]:
     modes = (True, False)
     for (shape, channels_last), dtype, layer, training in product(BATCH_NORM_SHAPES, dtypes, BATCH_NORM_LAYERS, modes):
         yield layer(shape, dtype, channels_last=channels_last, training=training)
+    for (shape, channels_last), dtype in product(BATCH_NORM_SHAPES, dtypes):
+        yield recomputation_launches(shape, dtype, channels_last=channels_last)
     for (shape, channels_last), dtype, residual in product(BATCH_NORM_SHAPES[:2], dtypes, modes):
         yield sync_batch_norm_launches(shape, dtype, channels_last=channels_last, residual=residual)
+    for (shape, channels_last), dtype, layer in product(COOPERATIVE_SHAPES, dtypes, COOPERATIVE):
+        yield cooperative_launches(shape, dtype, channels_last=channels_last, **layer)
     for (M, N, K), dtype, training in product(LINEAR_SHAPES, dtypes, modes):
         for layer in (layer_norm_linear_launches, linear_layer_norm_launches):
             for tf32 in (True, False) if dtype == torch.float32 else (False,):

@@ -6,6 +6,7 @@ import math
 
 from benchmarks.devices import BY_ARCH
 from benchmarks.instruments.codegen import TARGETS, Code, Launch
+from fusedres.kernels.tiling import RESIDENT_REGISTERS
 
 ACTIVATIONS = ("x_ptr", "residual_ptr", "dy_ptr", "ds_ptr", "g_ptr", "z_ptr")
 OUTPUTS = ("y_ptr", "s_ptr", "saved_ptr", "dx_ptr", "dresidual_ptr", "dz_ptr", "normalised_ptr", "product_ptr")
@@ -42,6 +43,8 @@ def _resources(launch: Launch, arch: str, code: Code) -> list[str]:
     plain = not is_product and "_on_chip_" not in launch.name and not arch.startswith("gfx")
     if plain and code.registers > REGISTERS:
         found.append(f"{code.registers} registers, more than {REGISTERS}")
+    if "_cooperative_" in launch.name and code.registers > RESIDENT_REGISTERS:
+        found.append(f"{code.registers} registers: programs that others wait for would not be resident")
     published = {"partials_ptr", "counters_ptr"} <= launch.tensors.keys()  # to other programs of the launch
     if published and code.fenced is not True:
         found.append("no barrier between the stores of partial results and the counter")

@@ -22,12 +22,15 @@ from benchmarks.instruments.interpreter import fast_interpreter
 
 SECTOR = 32  # bytes: the least that a GPU moves between device memory and its caches
 ACTIVATION, MASK, VECTOR = "activation", "mask", "vector"
-ALLOCATIONS = {
+FREE = {  # they allocate, or change the shape
     "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_",
+    "as_strided_",
 }  # fmt: skip
 OVERWRITES = {"copy_", "fill_", "zero_"}  # they write their first argument without reading it
 # Operands that PyTorch's GPU kernels read once more, after a reduction over them, where statistics are the batch's.
 REREAD = {"native_batch_norm": ("input",), "native_batch_norm_backward": ("grad_out", "input")}
+# The gradient of max pooling is filled with zeros, and then written; of the input only the shape is used.
+FILLED_FIRST, SHAPE_ALONE = {"max_pool2d_with_indices_backward"}, {"max_pool2d_with_indices_backward": ("self",)}
 
 
 @dataclass
@@ -72,11 +75,15 @@ class TensorTraffic:
 
 @dataclass
 class Launch:
-    """One kernel launch. ``stray`` are bytes outside of every tensor argument: a kernel that is out of bounds."""
+    """One kernel launch. ``stray`` are bytes outside of every tensor argument: a kernel that is out of bounds.
+
+    ``product``: whether it multiplies matrices.
+    """
 
     kernel: str
     tensors: list[TensorTraffic]
     stray: int = 0
+    product: bool = False
 
     def bytes(self, *kinds: str, distinct: bool = False) -> int:
         return sum(t.distinct if distinct else t.issued for t in self.tensors if t.kind in kinds)
@@ -140,6 +147,8 @@ class TrafficMeter:
                 stack.enter_context(mock.patch.object(native, name, wrap(getattr(native, name))))
             run = interpreter.GridExecutor.__call__
             stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", self._run(run)))
+            builder = interpreter.interpreter_builder
+            stack.enter_context(mock.patch.object(builder, "create_dot", self._dot(builder.create_dot)))
             stack.enter_context(fast_interpreter())
             stack.enter_context(_AtenCounter(self))
             self._stack = stack.pop_all()
@@ -215,6 +224,14 @@ class TrafficMeter:
 
         return wrapper
 
+    def _dot(self, dot: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if self._launch is not None:
+                self._launch.product = True
+            return dot(*args, **kwargs)
+
+        return wrapper
+
     def _touch(self, pointers: np.ndarray, mask: np.ndarray | None, width: int, *, write: bool) -> None:
         if self._launch is None:
             return
@@ -284,12 +301,13 @@ def _implementation(func: Any) -> Any:
 def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, meter: TrafficMeter) -> int:
     """Activation-sized bytes an operator reads and writes; views and allocations move nothing."""
     name = func._schema.name.split("::")[1]
-    if name in ALLOCATIONS:
+    if name in FREE:
         return 0
     schema = func._schema.arguments
     values = [*zip(schema, args, strict=False), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
     again = REREAD.get(name, ()) if any(a.name in ("training", "train") and value for a, value in values) else ()
     template = name.endswith("_like") or name.startswith("new_")  # the argument gives a shape, no values
+    shapes = SHAPE_ALONE.get(name, ())
     read = written = 0
     storages = set()
     mutates = False
@@ -301,11 +319,12 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, 
             size = _size(tensor, meter)
             written += size if writes else 0
             overwrites = writes and (name in OVERWRITES or argument.is_out)
-            read += 0 if overwrites or template else size * (1 + (argument.name in again))
+            unread = overwrites or template or argument.name in shapes
+            read += 0 if unread else size * (1 + (argument.name in again))
     fresh = [t for t in _tensors(result) if t.untyped_storage().data_ptr() not in storages]
     if not fresh and not mutates:
         return 0
-    return read + written + sum(_size(t, meter) for t in fresh)
+    return read + written + sum(_size(t, meter) for t in fresh) * (1 + (name in FILLED_FIRST))
 
 
 def _size(tensor: Tensor, meter: TrafficMeter) -> int:

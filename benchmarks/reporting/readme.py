@@ -28,6 +28,14 @@ COMPILED = (
     Column("again", "recompilations_again", ".0f"), Column("cold s", "compile_cold_s", ".3g"),
     Column("warm s", "compile_warm_s", ".3g"),
 )  # fmt: skip
+MOVED = (
+    Column("moved MiB", "moved_mib"), Column("of eager's", "eager_share", ".1%"),
+    Column("of per layer", "per_layer_share", ".1%"), Column("forward", "forward_mib"),
+    Column("backward", "backward_mib"), Column("BatchNorm", "norm_mib"), Column("ReLU", "relu_mib"),
+    Column("residuals", "add_mib"), Column("gradients added", "accumulation_mib"), Column("pooling", "pool_mib"),
+    Column("other", "other_mib"), Column("fused kernels", "kernel_mib"), Column("launches", "launches", ".0f"),
+    Column("operators", "operators", ".0f"),
+)  # fmt: skip
 TRAINED = (
     Column("steps", "steps", ".0f"), Column("final loss", "loss", ".4f"),
     Column("held-out accuracy", "accuracy", ".1%"), Column("furthest from eager", "difference", ".2g"),
@@ -101,12 +109,24 @@ def render(rows: Rows, plotted: Collection[str], folder: Path = results.RESULTS)
             timings.gpu(report),
             report.section("probe", "1×1 convolutions", _probe),
             counts.traffic(report),
+            report.section("network", "Whole training step", _moved),
             counts.codegen(report),
             report.section("memory", "Memory", lambda rows: _table(rows, MEMORY)),
             report.section("compile-study", "What torch.compile makes of it", lambda rows: _table(rows, COMPILED)),
             timings.cpu(report),
             report.section("train", "Training parity", _trained),
         ]
+    )
+
+
+def _moved(rows: Sequence[Row]) -> str:
+    """What moves most first."""
+    ordered = sorted(rows, key=lambda row: -(row.figures.get("moved_mib") or 0.0))
+    return (
+        "What a training step reads and writes beside its convolutions and its classifier, counted on a CPU: ATen's\n"
+        "operators, kernels in Triton's interpreter, and of `torch.compile` Inductor's schedule for a CPU. Variants\n"
+        "of the fused step switch fusions off, for ablation. These are byte counts, not times.\n\n"
+        + listing(ordered, MOVED, empty="")
     )
 
 

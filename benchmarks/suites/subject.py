@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,11 +76,17 @@ SUBJECTS = {
 
 
 def check(
-    subject: Subject, instance: Instance, model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
+    subject: Subject,
+    instance: Instance,
+    model: nn.Module,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    around: parity.Around = nullcontext,
 ) -> dict[str, Any]:
     """The verdict on ``instance``, which was made from ``model``, at inputs of ``shape``.
 
     The first that is right of a few inputs counts, as a sign that flips at a ReLU by rounding makes one wrong.
+    ``around`` is what the training step's parts run in, as in :func:`parity.check`.
 
     Raises:
         RuntimeError: ``instance`` cannot run.
@@ -89,7 +96,8 @@ def check(
     verdict: dict[str, Any] = {"ok": False}
     for seed in range(1, parity.INPUTS + 1):
         x = subject.input(shape, device, seed)
-        found = parity.check([instance], model, [Batch((x,), target)], dtype, channels_last=subject.channels_last)
+        batches = [Batch((x,), target)]
+        found = parity.check([instance], model, batches, dtype, channels_last=subject.channels_last, around=around)
         verdict = found[instance.provider.name]
         if "error" in verdict:
             raise RuntimeError(verdict["error"])

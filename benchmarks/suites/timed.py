@@ -23,6 +23,7 @@ from benchmarks.results import Key, Row
 from benchmarks.rivals import Unsupported
 from benchmarks.suite import Request, Suite
 from benchmarks.timing import STEPS, Batch, Step
+from benchmarks.workers import variables
 from benchmarks.workloads import DTYPES, TIMED, Workload, workloads
 
 MODEL_SECONDS, LAYER_SECONDS = 5.0, 0.5  # of timed rounds, for each case and mode
@@ -91,7 +92,9 @@ def run(request: Request, cases: Sequence[Timed]) -> Iterator[Row]:
             # Without caches the first step shows the compile time.
             caches = torch.compiler.config.patch(force_disable_caches=True)  # pyright: ignore[reportAttributeAccessIssue]
             limits = torch._dynamo.config.patch(DYNAMO)  # pyright: ignore[reportAttributeAccessIssue]
-            with caches, limits:
+            # What kernels are compared by, the table of preferences is derived from: no size may be left to eager.
+            kernels = request.device.type == "cuda" and case.suite == "kernels"
+            with caches, limits, variables({"FUSEDRES_BACKEND": "triton"} if kernels else {}):
                 yield from measurement.rows(case.without(request.there))
 
 

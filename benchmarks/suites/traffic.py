@@ -21,7 +21,7 @@ from benchmarks.errors import allowed, errors
 from benchmarks.instruments.meter import SECTOR, TrafficMeter
 from benchmarks.results import Key, Row
 from benchmarks.suite import CPU, Request, Suite
-from benchmarks.suites import traffic_batch_norm, traffic_linear
+from benchmarks.suites import traffic_batch_norm, traffic_convolution, traffic_linear
 from benchmarks.workers import INTERPRETED, spread
 
 Tensors = dict[str, Tensor]
@@ -99,7 +99,7 @@ class Case:
 
 
 DTYPE, DTYPE_NAME, PROVIDER = torch.bfloat16, "bfloat16", "fusedres"
-SUBJECTS: list[Subject] = [*traffic_batch_norm.CASES, *traffic_linear.CASES]
+SUBJECTS: list[Subject] = [*traffic_batch_norm.CASES, *traffic_convolution.CASES, *traffic_linear.CASES]
 PHASES = ("forward", "backward", "eval")
 VECTORS, MANY_ROWS = 0.05, 10_000  # the share of vectors and partial sums, where there are so many rows
 # Of the bytes in the sectors touched, at least: where rows are whole sectors, or not. Less is uncoalesced.

@@ -30,8 +30,8 @@ PEERS = ("attorch_passes", "inductor_passes", "floor_passes")
 OTHERS: dict[str, dict[str, tuple[float | None, ...]]] = {
     "batch_norm_act": {"forward": (4, 3, 2), "backward": (8, 5, 3), "eval": (2, 2, 0)},
     "batch_norm_act + residual": {"forward": (5, 4, 3), "backward": (8, 7, 4), "eval": (3, 3, 0)},
-    "add_batch_norm_act": dict.fromkeys(("forward", "backward", "eval"), (None, None, None)),
 }
+UNKNOWN: dict[str, tuple[float | None, ...]] = dict.fromkeys(("forward", "backward", "eval"), (None, None, None))
 MARGIN = 1.05  # over the budget
 LAUNCHES = {"forward": 2, "backward": 2, "eval": 1}
 
@@ -57,6 +57,9 @@ class Case(NamedTuple):
 
     def budget(self, phase: str) -> float:
         return BUDGET[self.workload][phase][self.on_chip]
+
+    def launches(self, phase: str) -> int:
+        return 1 if self.on_chip else LAUNCHES[phase]
 
     def inputs(self) -> dict[str, Tensor]:
         channels = self.shape[1]
@@ -104,7 +107,7 @@ class Case(NamedTuple):
         return TrafficMeter(tensors["input"])
 
     def complaints(self, phase: str, meter: TrafficMeter) -> list[str]:
-        found, total, launches = [], meter.passes + meter.aten_passes, 1 if self.on_chip else LAUNCHES[phase]
+        found, total, launches = [], meter.passes + meter.aten_passes, self.launches(phase)
         if total > MARGIN * self.budget(phase):
             found.append(f"{total:.2f} passes over an activation, more than {self.budget(phase):.2f}")
         if len(meter.launches) > launches:
@@ -118,7 +121,7 @@ class Case(NamedTuple):
             "aten_passes": round(meter.aten_passes, 4),
             "budget_passes": self.budget(phase),
             "eager_passes": round(eager.aten_passes, 4),
-            **dict(zip(PEERS, OTHERS[self.workload][phase], strict=True)),
+            **dict(zip(PEERS, OTHERS.get(self.workload, UNKNOWN)[phase], strict=True)),
             "vector_share": round(meter.vector_bytes / meter.issued_bytes, 5),
         }
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedres import reference
+from fusedres import ops, reference
 from fusedres.functional.checks import BatchNormState, check_batch_norm, needs_grad
-from fusedres.ops import sync_batch_norm_act, use_kernels
+from fusedres.ops import eager_is_faster, kind, sync_batch_norm_act, use_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,15 +70,16 @@ def batch_norm_act(
     check_batch_norm(input, norm, residual, act, shared=shared)
     if shared:
         return _synchronised(input, residual, norm, act, group, added=False)
-    if not use_kernels(input, residual, *norm.tensors):
+    covered = use_kernels(input, residual, *norm.tensors)
+    if not covered or eager_is_faster(input, kind(residual, act), training, momentum):
         return reference.batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=norm[7])
     save_for_backward = needs_grad(input, residual, weight, bias)
     if training:
-        return torch.ops.fusedres.batch_norm_act(
+        return ops.batch_norm.batch_norm_act(
             input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, act,
             save_for_backward,
         )[0]  # fmt: skip
-    return torch.ops.fusedres.batch_norm_act_inference(
+    return ops.batch_norm.batch_norm_act_inference(
         input, residual, weight, bias, running_mean, running_var, eps, act, save_for_backward
     )[0]
 
@@ -119,15 +120,15 @@ def add_batch_norm_act(
     check_batch_norm(input, norm, residual, act, shared=shared, dtype=dtype)
     if shared:
         return _synchronised(input, residual, norm, act, group, added=True)
-    if not use_kernels(input, residual, *norm.tensors):
+    if not use_kernels(input, residual, *norm.tensors) or eager_is_faster(input, "add+bn+relu", training, momentum):
         return reference.add_batch_norm_act(input, residual, *norm[:7], act=act, num_batches_tracked=norm[7])
     save_for_backward = needs_grad(input, residual, weight, bias)
     if training:
-        return torch.ops.fusedres.add_batch_norm_act(
+        return ops.add_batch_norm.add_batch_norm_act(
             input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, act,
             save_for_backward,
         )[:2]  # fmt: skip
-    return torch.ops.fusedres.add_batch_norm_act_inference(
+    return ops.add_batch_norm.add_batch_norm_act_inference(
         input, residual, weight, bias, running_mean, running_var, eps, act, save_for_backward
     )[:2]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres.ops import autocasts, is_known
@@ -31,7 +33,11 @@ class BatchNormState(NamedTuple):
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def check_batch_norm(
@@ -57,9 +63,10 @@ def check_batch_norm(
         raise ValueError("running_mean and running_var must both be given or both be None")
     if norm.running_mean is None and not norm.training:
         raise ValueError("running_mean and running_var must be given when training is False")
-    for name, tensor in zip(norm._fields, norm.tensors, strict=False):
+    size = input.shape[1]
+    for name, tensor in zip(norm._fields, norm[:4], strict=False):
         if tensor is not None:
-            _check_vector(name, tensor, input.shape[1], input, dtype)
+            _check_vector(name, tensor, size, input, dtype)
     if residual is not None:
         check_residual(residual, input, input.shape)
         if dtype is not None and dtype.is_complex:
@@ -82,6 +89,68 @@ def _check_training(input: Tensor, norm: BatchNormState, shared: bool) -> None:
         _check_device("num_batches_tracked", count, input)
     elif norm.momentum is None and norm.running_mean is not None:
         raise ValueError("momentum=None (the cumulative average) needs num_batches_tracked")
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+def check_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    dtype: torch.dtype | None = None,
+) -> Geometry | None:
+    """The geometry of a convolution of what looks like ``input``; ``None`` where it pads one side more than the other.
+
+    ``dtype``: of the sum where it is input + residual that is normalised.
+
+    Raises:
+        RuntimeError: what PyTorch's own convolution refuses, in its words.
+    """
+    strides, dilations = _pair(stride), _pair(dilation)
+    both: list[int] = []  # sides together
+    if padding == "same" and strides == [1, 1]:
+        both = [step * (size - 1) for step, size in zip(dilations, weight.shape[2:], strict=False)]
+    elif not isinstance(padding, str):
+        both = [2 * pads for pads in _pair(padding)]
+    elif padding == "valid":
+        both = [0, 0]
+    geometry = Geometry(strides, [pads // 2 for pads in both], dilations, groups)
+    if not _convolves(input, weight, bias, geometry, dtype or input.dtype):
+        F.conv2d(input.detach().to(dtype or input.dtype), weight, bias, stride, padding, dilation, groups)  # pyright: ignore[reportArgumentType]
+        return None
+    return None if any(pads % 2 for pads in both) else geometry
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else [*value] * (2 if len(value) == 1 else 1)
+
+
+def _convolves(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own convolution takes an input of this shape and device, and of ``dtype``."""
+    stride, padding, dilation, groups = geometry
+    casts = autocasts(input)
+    for parameter in (weight,) if bias is None else (weight, bias):
+        if parameter.device != input.device or not (parameter.dtype == dtype or casts):
+            return False
+    if not all(len(pair) == 2 for pair in geometry[:3]) or min(*stride, *dilation, groups) < 1 or min(padding) < 0:
+        return False
+    if weight.dim() != 4 or weight.shape[1] * groups != input.shape[1] or weight.shape[0] % groups != 0:
+        return False
+    reach = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
+    extents = zip(input.shape[2:], padding, reach, strict=True)
+    fits = all(not is_known(extent + 2 * pads <= over) for extent, pads, over in extents)
+    return fits and (bias is None or bias.shape == weight.shape[:1])
 
 
 def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> None:
@@ -119,7 +188,7 @@ def _check_vector(name: str, tensor: Tensor, size: int, input: Tensor, dtype: to
     """``dtype``: of what is normalised, where it is not ``input``'s."""
     if tensor.dim() != 1 or tensor.shape[0] != size:
         raise ValueError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
-    if tensor.dtype not in (torch.float32, dtype or input.dtype):
+    if tensor.dtype is not torch.float32 and tensor.dtype is not (dtype or input.dtype):
         whose = "input's dtype" if dtype is None else "the sum's dtype"
         raise TypeError(f"{name} must be float32 or of {whose} {dtype or input.dtype}, got {tensor.dtype}")
     _check_device(name, tensor, input)

@@ -29,6 +29,8 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 # Set by PyTorch's own wrappers, and no part of what a forward computes.
 _IGNORED = MODULE_ATTRIBUTES | {"_compiled_call_impl", "_is_fsdp_managed_module", "_fsdp_use_orig_params"}
 _serial = itertools.count()
+# What a rewritten forward calls by a name of its own; no parameter may have one.
+_OUR_NAMES = re.compile(r"_(len|isinstance|Proxy|original|total|end|is_\w+|(training|evaluation)_\w+)")
 _FORWARD = """
 def forward(self, {parameters}):
     if {changed}:
@@ -50,7 +52,8 @@ class Code:
     ``names`` holds functions by reference and Python modules by name; ``norms`` (of batches), ``acts``, ``linears``,
     ``layer_norms`` and ``identities`` are the paths of the folded modules, ``guests`` of those that are called with a
     sum, ``children`` is the number of the block's children and ``attributes`` are the names of its own plain
-    attributes, and of those that its forward looked for in vain. ``chain`` is how the block passes pairs on.
+    attributes, and of those that its forward looked for in vain. ``chain`` is how the block passes pairs on. ``given``
+    is for calls that give the first optional argument too.
     """
 
     source: str
@@ -65,6 +68,7 @@ class Code:
     attributes: frozenset[str]
     calls: tuple[Call, ...]
     chain: Chain
+    given: Code | None = None
 
     @property
     def folded(self) -> tuple[tuple[str, ...], ...]:
@@ -128,16 +132,18 @@ class _Module:
     name: str
 
 
-def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, ...]) -> Code:
+def generate(block: nn.Module, forms: tuple[Forms, Forms], reads: tuple[Reads, ...], optional: int = 0) -> Code:
     """The code of the forms for training and for evaluation, one where they are the same, behind the checks.
 
-    ``reads`` is what was read of the block's attributes.
+    ``reads`` is what was read of the block's attributes, ``optional`` the number of optional arguments that are inputs.
 
     Raises:
-        UntraceableError: the graphs call different functions by one name.
+        UntraceableError: the graphs call different functions by one name, or a parameter has a name of ours.
     """
     names: dict[str, Any] = {}
-    required, others = parameters(type(block).forward)
+    required, others = parameters(type(block).forward, optional)
+    if any(_OUR_NAMES.fullmatch(name) for name in required):
+        raise UntraceableError(f"its forward cannot be rewritten: a parameter of {required} has a name of ours")
     arguments = ", ".join(required)
     forwards = [form.forward for form in forms]
     pairs = [form.paired for form in forms if form.paired is not None]
@@ -227,6 +233,21 @@ def merge_calls(training: list[Call], evaluation: list[Call]) -> tuple[Call, ...
     )
 
 
+def merge_given(calls: tuple[Call, ...], given: tuple[Call, ...], name: str, others: list[str]) -> tuple[Call, ...]:
+    """``calls``; the reasons say what they are where ``name`` is given, and that none of ``others`` may be."""
+    patterns = [call.pattern for call in given if call.pattern != "print"]
+    patterns = iter(patterns if len(patterns) == sum(call.pattern != "print" for call in calls) else ())
+    merged: list[Call] = []
+    for call in calls:
+        if call.pattern != "print":
+            pattern = next(patterns, "bn")
+            with_it = f"{pattern} where {name} is given" if pattern != call.pattern else ""
+            without = f"unless {' or '.join(others)} is given" if others and call.pattern not in ("bn", "ln") else ""
+            call = replace(call, reason="; ".join(filter(None, (call.reason, with_it, without))))
+        merged.append(call)
+    return tuple(merged)
+
+
 def install(block: nn.Module, code: Code) -> None:
     """Give ``block`` the rewritten forward.
 
@@ -272,7 +293,7 @@ def _compile(original: type[nn.Module], code: Code) -> dict[str, Callable[..., A
         "_len": len,
         "_isinstance": isinstance,
         "_Proxy": fx.Proxy,
-        "_original": original.forward,
+        "_original": original.forward if code.given is None else _with_given(original, code.given, names),
         "_is_changed": is_changed,
         "_is_open": is_open,
         "_total": total,
@@ -283,6 +304,21 @@ def _compile(original: type[nn.Module], code: Code) -> dict[str, Callable[..., A
     forward.__doc__ = original.forward.__doc__
     forward.__signature__ = inspect.signature(original.forward)
     return {name: names[name] for name in ("forward", "_fusedres_operands") if name in names}
+
+
+def _with_given(original: type[nn.Module], code: Code, names: dict[str, Any]) -> Callable[..., Any]:
+    """The original forward; that of ``code`` where its last argument is given, that of ``names`` if it is ``None``."""
+    forward = _compile(original, code)["forward"]
+    count = forward.__code__.co_argcount - 1  # without self
+    last = forward.__code__.co_varnames[count]
+
+    def fall_back(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, kwargs[last]) if kwargs.keys() == {last} else args
+        if len(given) == len(args) + len(kwargs) == count:
+            return names["forward"](self, *given[:-1]) if given[-1] is None else forward(self, *given)
+        return original.forward(self, *args, **kwargs)
+
+    return fall_back
 
 
 def _paths(targets: set[str]) -> str:

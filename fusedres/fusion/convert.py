@@ -28,8 +28,9 @@ def fuse(model: ModuleT, filter_fn: Filter | None = None) -> ModuleT:
     summands, as long as nobody watches the blocks in between. Parameters, buffers and ``state_dict`` are unchanged,
     results up to rounding; a forward that cannot be traced, or depends on state that cannot be watched, is left alone,
     and :func:`explain` says why. A block runs its original forward when one of its folded modules has been replaced,
-    patched or hooked, one of its own attributes set to another value, or an optional argument is passed. Fusing a fused
-    model again changes nothing.
+    patched or hooked, one of its own attributes set to another value, or an optional argument is passed, other than the
+    first where that may be ``None``, as an identity given to the block may. Fusing a fused model again changes nothing.
+    Other threads may run other models meanwhile, but not this one.
 
     Not watched, and as they were when ``fuse`` was called: numbers, strings and functions that a forward reads from
     its class or its Python module, the length of an ``nn.ModuleList``, and what it learns by calling functions of

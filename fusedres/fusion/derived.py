@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from fusedres.nn.scripting import Unscriptable
 
-class Derived:
+
+class Derived(Unscriptable):
     """Mixed into a user's class; ``_fusedres_recipe`` is the function that makes the subclass, and its arguments."""
 
     _fusedres_original: type[nn.Module]
@@ -20,8 +22,8 @@ class Derived:
     def __reduce_ex__(self, protocol: Any) -> Any:
         constructor, arguments, *rest = super().__reduce_ex__(protocol)
         original = self._fusedres_original
-        arguments = tuple(original if argument is type(self) else argument for argument in arguments)
-        return (_rebuild, (self._fusedres_recipe, constructor, arguments), *rest)
+        constructor, *arguments = (original if part is type(self) else part for part in (constructor, *arguments))
+        return (_rebuild, (self._fusedres_recipe, constructor, tuple(arguments)), *rest)
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:

@@ -138,13 +138,22 @@ def _current_calls(plan: Plan, fused: bool) -> tuple[Call, ...]:
     if not fused:
         return plan.calls
     if isinstance(block, FusedBlock) and is_intact(block):
-        return block._fusedres_code.calls
+        return tuple(_as_called(block, call) for call in block._fusedres_code.calls)
     why = "a module or an attribute has changed since" if isinstance(block, FusedBlock) else "its block was left alone"
     return tuple(
         call if call.pattern in ("bn", "ln") or _is_own(plan, call) else Call(call.module, unfused(call), why)
         for call in plan.calls
         if call.pattern != "print"
     )
+
+
+def _as_called(block: nn.Module, call: Call) -> Call:
+    """``call`` as it is now: timm's norms look at their own parts each time."""
+    module = block.get_submodule(call.module)
+    if not is_timms(module) or call.pattern not in ("bn", "bn_act"):
+        return call
+    pattern, reason = foreign_pattern(module)
+    return call if pattern == call.pattern else replace(call, pattern=pattern, reason=reason)
 
 
 def _current_chains(plans: list[Plan], fused: bool) -> dict[nn.Module, Chain]:

@@ -41,6 +41,8 @@ class _BatchNormRewriter(Rewriter):
             return Call(name, "bn", reason)
         if is_timms(module):
             return Call(name, *foreign_pattern(module))
+        if not norm.args and norm.kwargs.keys() == {"input"}:
+            norm.args, norm.kwargs = (norm.kwargs["input"],), {}
         if isinstance(module, BatchNormAct2d) and (module.act is not None or norm.kwargs or len(norm.args) != 1):
             return _own_call(norm, module)
         if norm.kwargs or len(norm.args) != 1 or not isinstance(norm.args[0], fx.Node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.fusion.blocks import Code, FusedBlock, check_source, generate, merge_calls
+from fusedres.fusion.blocks import Code, FusedBlock, check_source, generate, merge_calls, merge_given
 from fusedres.fusion.chains import NATIVE, Chain
 from fusedres.fusion.derived import original_class
 from fusedres.fusion.foreign import is_foreign, is_timms
@@ -20,7 +21,7 @@ from fusedres.fusion.patterns import rewrite
 from fusedres.fusion.reads import UntraceableError, mentions
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import is_hooked, is_plain
-from fusedres.fusion.tracing import trace
+from fusedres.fusion.tracing import parameters, trace
 from fusedres.nn import OWN_NORMS, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
 Filter = Callable[[nn.Module, str], bool]
@@ -112,7 +113,7 @@ def layer_refusal(layer: nn.Module) -> str | None:
 def own_layers(block: nn.Module) -> Iterator[nn.Module]:
     """The children that the forward of ``block`` itself may call: those in containers without a forward too."""
     for child in block.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and not _has_forward(child):
             yield from own_layers(child)
         else:
             yield child
@@ -146,6 +147,7 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module], chains: dic
         if any(form.is_rewritten(native) for form in both):
             code = generate(block, both, (*reads, *others))
             check_source(code)
+            code = _with_optional(block, code, forms)
             return Plan(name, block, code.calls, code, chain=code.chain)
         calls = merge_calls(both[0].folded.calls, both[1].folded.calls)
         return Plan(name, block, calls, chain=NATIVE if native else None)
@@ -153,8 +155,25 @@ def _make_plan(name: str, block: nn.Module, refused: set[nn.Module], chains: dic
         return Plan(name, block, reason=str(error))
 
 
+def _with_optional(block: nn.Module, code: Code, forms: Callable[[fx.Graph], Forms]) -> Code:
+    """``code``, with another one for calls that give the first optional argument; its rows say what is for which."""
+    names = list(inspect.signature(type(block).forward).parameters)[1:]
+    required, some = (parameters(type(block).forward, given)[0] for given in (0, 1))
+    if len(some) > len(required):
+        with contextlib.suppress(UntraceableError):
+            (training, *reads), (evaluation, *others) = (trace(block, mode, given=1) for mode in (True, False))
+            given = generate(block, (forms(training), forms(evaluation)), (*reads, *others), optional=1)
+            check_source(given)
+            calls = merge_given(code.calls, given.calls, some[-1], names[len(some) :])
+            return replace(code, given=given, attributes=code.attributes | given.attributes, calls=calls)
+    return replace(code, calls=merge_given(code.calls, code.calls, "", names[len(required) :]))
+
+
 def _has_forward(block: nn.Module) -> bool:
-    return not isinstance(block, (_BatchNorm, nn.LayerNorm, nn.ModuleList, nn.ModuleDict))
+    """Whether ``block`` has one to rewrite; containers may, such as torchvision's IntermediateLayerGetter."""
+    if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
+        return type(block).forward is not nn.Module.forward
+    return not isinstance(block, (_BatchNorm, nn.LayerNorm))
 
 
 def _has_layers(block: nn.Module) -> bool:

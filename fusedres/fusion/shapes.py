@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusedres.fusion.plan import OWN_BLOCKS, original_classes
 from fusedres.fusion.runtime import is_plain
-from fusedres.fusion.state import RandomState, State
+from fusedres.fusion.state import Output, RandomState, State, one_at_a_time
 
 Input: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
 _UNKNOWABLE = (
@@ -78,13 +77,12 @@ def measure(model: nn.Module, input: Input) -> Sizes:
         model = model.module
     mode, sizes = FakeTensorMode(allow_non_fake_inputs=True), Sizes()
     recorder = _Recorder(sizes)
-    random = RandomState()
-    with contextlib.ExitStack() as stack:
-        stack.callback(random.restore)
+    with one_at_a_time, contextlib.ExitStack() as stack:
+        stack.callback(RandomState().restore)
         stack.enter_context(original_classes(model))
         stack.enter_context(_replaced(model, mode, recorder))
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stdout(Output()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # of what is compiled already
         stack.enter_context(torch.set_grad_enabled(model.training))
         stack.enter_context(mode)

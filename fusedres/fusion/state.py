@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import random
 import sys
+import threading
 from collections import deque
 from typing import Any
 
 from torch import nn
+
+one_at_a_time = threading.RLock()  # to patch what all threads share
 
 
 class State:
@@ -83,3 +87,14 @@ class RandomState:
             self.numpy.set_state(self.numpy_state)
             changed = True
         return changed
+
+
+class Output(io.StringIO):
+    """In place of the standard output: what this thread writes; that of others goes on to where it went."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread, self.before = threading.get_ident(), sys.stdout
+
+    def write(self, text: str) -> int:
+        return super().write(text) if threading.get_ident() == self.thread else self.before.write(text)

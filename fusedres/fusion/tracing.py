@@ -8,7 +8,6 @@ import dis
 import functools
 import gc
 import inspect
-import io
 import logging
 import operator
 import os
@@ -28,7 +27,7 @@ from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.fusion.reads import Reads, UntraceableError, check_code, watched_reads
-from fusedres.fusion.state import ClassState, RandomState, State
+from fusedres.fusion.state import ClassState, Output, RandomState, State, one_at_a_time
 
 IN_PLACE_OPERATORS = {
     name: getattr(operator, f"i{name}")
@@ -43,11 +42,11 @@ _TENSOR = frozenset(dir(Tensor))
 _print = builtins.print
 
 
-def trace(block: nn.Module, training: bool) -> tuple[fx.Graph, Reads]:
+def trace(block: nn.Module, training: bool, given: int = 0) -> tuple[fx.Graph, Reads]:
     """The graph of ``type(block).forward`` in one mode; every call of a child is one ``call_module`` node.
 
-    Prints become nodes, and nothing is printed. The attributes of ``block``, its children and their classes are
-    afterwards as they were before.
+    Of the arguments that may be left out, the first ``given`` are values, see :func:`parameters`. Prints become nodes,
+    and nothing is printed. The attributes of ``block``, its children and their classes are afterwards as before.
 
     Returns:
         The graph, and what the forward read of ``block`` besides tensors and children.
@@ -67,8 +66,8 @@ def trace(block: nn.Module, training: bool) -> tuple[fx.Graph, Reads]:
     during = [*map(State, modules), *(ClassState(kind) for kind in classes - {object})]
     reads = Reads()
     try:
-        with watched_reads(block, reads):
-            graph = _traces(block)
+        with one_at_a_time, watched_reads(block, reads):
+            graph = _traces(block, given)
     except UntraceableError:
         raise
     except Exception as error:
@@ -82,7 +81,11 @@ def trace(block: nn.Module, training: bool) -> tuple[fx.Graph, Reads]:
         raise UntraceableError(f"forward changes the attribute {changed[0]!r}")
     _check(graph)
     for node in graph.nodes:
-        if node.op == "call_module" and has_own_call(block.get_submodule(str(node.target))):
+        if node.op != "call_module":
+            continue
+        if not node.target:
+            raise UntraceableError("forward calls its own module")
+        if has_own_call(block.get_submodule(str(node.target))):
             raise UntraceableError("forward calls a module whose class has a __call__ of its own")
     return graph, reads
 
@@ -92,16 +95,16 @@ def has_own_call(module: nn.Module) -> bool:
     return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
 
 
-def _traces(block: nn.Module) -> fx.Graph:
+def _traces(block: nn.Module, given: int) -> fx.Graph:
     """The graph, the same with and without gradients and autocast."""
-    tracer = _Tracer()
+    tracer = _Tracer(given)
     with torch.enable_grad():
         graph = _trace(block, tracer)
         # A text whose layout depends on the length of what stands for a value cannot be rebuilt.
-        if tracer.shown and str(graph) != str(_trace(block, _Tracer(padding="-" * 37))):
+        if tracer.shown and str(graph) != str(_trace(block, _Tracer(given, padding="-" * 37))):
             raise UntraceableError("forward formats values in a way that cannot be followed")
     with torch.inference_mode(), _autocast():
-        if str(graph) != str(_trace(block, _Tracer())):
+        if str(graph) != str(_trace(block, _Tracer(given))):
             raise UntraceableError("forward depends on the gradient mode, on autocast or on earlier calls")
     return graph
 
@@ -125,7 +128,7 @@ def _refuse_forward(*args: Any, **kwargs: Any) -> Any:
 
 
 def _trace(block: nn.Module, tracer: _Tracer) -> fx.Graph:
-    output = io.StringIO()
+    output = Output()
     rng = RandomState()
     with contextlib.ExitStack() as stack:
         stack.callback(rng.restore)
@@ -237,10 +240,12 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
     context: tuple[Any, ...]
 
-    def __init__(self, padding: str = "") -> None:
+    def __init__(self, given: int = 0, padding: str = "") -> None:
         super().__init__()
+        self.given = given
         self.padding = padding
         self.shown = False
+        self.thread = threading.get_ident()
         self.values: list[weakref.ref[_Value]] = []
 
     def is_kept(self) -> bool:
@@ -254,13 +259,24 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        # Patched by torch.fx for all threads, like __getattr__: what others run meanwhile is not traced.
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         value = _Value(node, self)
         self.values.append(weakref.ref(value))
         return value
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        values = [self.create_proxy("placeholder", name, (), {}) for name in parameters(root_fn)[0]]
+        values = [self.create_proxy("placeholder", name, (), {}) for name in parameters(root_fn, self.given)[0]]
         return root_fn, [self.root, *values]
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
@@ -301,8 +317,10 @@ class _Tracer(fx.Tracer):
         return self.create_proxy("call_method", "format", (template + _escape(value[end:]), *shown), {})
 
 
-def parameters(forward: Callable[..., Any]) -> tuple[list[str], bool]:
+def parameters(forward: Callable[..., Any], given: int = 0) -> tuple[list[str], bool]:
     """The required positional parameters after ``self``, and whether there are others, which take their defaults.
+
+    The first ``given`` of those that may be ``None``, as ``shortcut=None``, count as required.
 
     Raises:
         UntraceableError: a keyword-only parameter is required.
@@ -312,10 +330,12 @@ def parameters(forward: Callable[..., Any]) -> tuple[list[str], bool]:
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
             raise UntraceableError(f"forward requires the keyword {parameter.name!r}")
+        optional = given > 0 and not others and parameter.default is None
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) and (
-            parameter.default is parameter.empty
+            parameter.default is parameter.empty or optional
         ):
             required.append(parameter.name)
+            given -= optional
         else:
             others = True
     return required, others
@@ -357,7 +377,9 @@ def _intercepted(tracer: _Tracer) -> Iterator[None]:
         return enabled_for(self, level)
 
     def refuse_autocast(self: torch.autocast) -> torch.autocast:
-        raise UntraceableError("forward enters autocast")
+        if threading.get_ident() == thread:
+            raise UntraceableError("forward enters autocast")
+        return enter_autocast(self)
 
     def cat(*args: Any, **kwargs: Any) -> Any:
         if args and issubclass(type(args[0]), _Value) and args[0].tracer is tracer:

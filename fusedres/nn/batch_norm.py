@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.functional import ACTIVATIONS, add_batch_norm_act, batch_norm_act
+from fusedres.nn.scripting import Unscriptable
 
 # Seen by torch.fx as one call, so that a symbolic trace of a fused model does not enter the validation.
 torch.fx.wrap("batch_norm_act")
@@ -16,7 +17,7 @@ torch.fx.wrap("add_batch_norm_act")
 _OWN = "own"  # `act` left out of a call: the module's own
 
 
-class BatchNormAct2d(nn.BatchNorm2d):
+class BatchNormAct2d(Unscriptable, nn.BatchNorm2d):
     r"""``act(batch_norm(input) + residual)`` as a module; an :class:`torch.nn.BatchNorm2d` in all else.
 
     Args:
@@ -77,14 +78,15 @@ def batch_norm_state(norm: nn.BatchNorm2d, input: Tensor) -> dict[str, Any]:
     """
     if not isinstance(input, torch.fx.Proxy):  # a symbolic trace has no dimensions yet
         norm._check_input_dim(input)
-    tracking = norm.training and norm.track_running_stats
-    use_running = tracking or not norm.training
+    training = norm.training
+    tracking = training and norm.track_running_stats
+    mean, var = (norm.running_mean, norm.running_var) if tracking or not training else (None, None)
     return {
-        "running_mean": norm.running_mean if use_running else None,
-        "running_var": norm.running_var if use_running else None,
+        "running_mean": mean,
+        "running_var": var,
         "weight": norm.weight,
         "bias": norm.bias,
-        "training": norm.training or norm.running_mean is None,
+        "training": training or mean is None,
         "momentum": norm.momentum,
         "eps": norm.eps,
         "num_batches_tracked": norm.num_batches_tracked if tracking else None,

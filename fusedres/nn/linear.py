@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.functional import ACTIVATIONS, layer_norm_linear_act, linear_layer_norm_act
+from fusedres.nn.scripting import Unscriptable
 
 # Seen by torch.fx as one call, so that a symbolic trace of a fused model does not enter the validation.
 torch.fx.wrap("layer_norm_linear_act")
 torch.fx.wrap("linear_layer_norm_act")
 
 
-class _LayerNormAndLinear(nn.Module):
+class _LayerNormAndLinear(Unscriptable, nn.Module):
     """The children and the arguments that both orders have."""
 
     norm_first: ClassVar[bool]

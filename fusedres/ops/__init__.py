@@ -2,6 +2,7 @@
 
 from fusedres.ops import add_batch_norm as add_batch_norm
 from fusedres.ops import batch_norm as batch_norm
+from fusedres.ops import batch_norm_conv as batch_norm_conv
 from fusedres.ops import layer_norm as layer_norm
 from fusedres.ops.dispatch import KERNEL_DTYPES as KERNEL_DTYPES
 from fusedres.ops.dispatch import autocast_dtypes as autocast_dtypes
@@ -12,4 +13,8 @@ from fusedres.ops.dispatch import multiplies_itself as multiplies_itself
 from fusedres.ops.dispatch import refusal as refusal
 from fusedres.ops.dispatch import tf32 as tf32
 from fusedres.ops.dispatch import use_kernels as use_kernels
+from fusedres.ops.preference import eager_is_faster as eager_is_faster
+from fusedres.ops.preference import kind as kind
+from fusedres.ops.preference import slower_than_eager as slower_than_eager
+from fusedres.ops.preference import standing as standing
 from fusedres.ops.sync_batch_norm import sync_batch_norm_act as sync_batch_norm_act

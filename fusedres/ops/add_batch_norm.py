@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusedres.kernels.layout import contiguous, dense, dense_like
 from fusedres.ops.batch_norm_shared import finish_update, gradients
+from fusedres.ops.preference import cooperates
 from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
 
 
@@ -35,7 +36,7 @@ def _add_batch_norm_act(
     mean, var = contiguous(running_mean), contiguous(running_var)
     outputs = add_batch_norm_act_forward(
         x, dense_like(residual, x), contiguous(weight), contiguous(bias), mean, var, num_batches_tracked, momentum,
-        eps, act,
+        eps, act, cooperates(x, "add+bn+relu"),
     )  # fmt: skip
     finish_update(running_mean, running_var, num_batches_tracked, mean, var)
     return outputs
@@ -127,7 +128,7 @@ class _AddBatchNormAct(torch.autograd.Function):
         ctx.mark_non_differentiable(*((stats,) if needs_s else (s, stats)))
         ctx.save_for_backward(s, stats)
         ctx.act = args[-2]
-        ctx.frozen = operator is torch.ops.fusedres.add_batch_norm_act_inference.default
+        ctx.frozen = operator.__name__ == "add_batch_norm_act_inference.default"
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (input, residual, weight, bias))
         return s, out, stats
 
@@ -143,7 +144,7 @@ class _AddBatchNormAct(torch.autograd.Function):
             # Both terms of the sum have one gradient. It is written as they want it; where they differ, as s is.
             terms = {dtype for dtype in dtypes[:2] if dtype is not None}
             term_dtype = next(iter(terms)) if len(terms) == 1 else (s.dtype if terms else None)
-            term, weight, bias = torch.ops.fusedres.add_batch_norm_act_backward(
+            term, weight, bias = add_batch_norm_act_backward(
                 grad, grad_sum, s, stats, ctx.act, ctx.frozen, term_dtype, *dtypes[2:]
             )
         return (
@@ -155,7 +156,7 @@ class _AddBatchNormAct(torch.autograd.Function):
         )
 
 
-register(
+add_batch_norm_act = register(
     "add_batch_norm_act(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str? act, "
     "bool save_for_backward) -> (Tensor sum, Tensor out, Tensor stats)",
@@ -164,14 +165,14 @@ register(
     _AddBatchNormAct,
     counter=6,
 )
-register(
+add_batch_norm_act_inference = register(
     "add_batch_norm_act_inference(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
     "Tensor running_var, float eps, str? act, bool save_for_backward) -> (Tensor sum, Tensor out, Tensor stats)",
     _add_batch_norm_act_inference,
     _fake_add_batch_norm_act_inference,
     _AddBatchNormAct,
 )
-register(
+add_batch_norm_act_backward = register(
     "add_batch_norm_act_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor stats, str? act, bool frozen, "
     "ScalarType? term_dtype, ScalarType? weight_dtype, ScalarType? bias_dtype) "
     "-> (Tensor grad_term, Tensor grad_weight, Tensor grad_bias)",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedres.kernels.layout import contiguous, dense, dense_like
 from fusedres.ops.batch_norm_shared import finish_update, gradients
+from fusedres.ops.preference import cooperates, kind
 from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
 
 
@@ -44,6 +45,7 @@ def _batch_norm_act(
         eps,
         act,
         save_for_backward and _masked(residual, act),
+        cooperates(x, kind(residual, act)),
     )
     finish_update(running_mean, running_var, num_batches_tracked, mean, var)
     return outputs
@@ -163,7 +165,7 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.mark_non_differentiable(stats, mask)
         ctx.save_for_backward(x, stats, mask)
         ctx.act = args[-2]
-        ctx.frozen = operator is torch.ops.fusedres.batch_norm_act_inference.default
+        ctx.frozen = operator.__name__ == "batch_norm_act_inference.default"
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (residual, weight, bias))
         return out, stats, mask
 
@@ -181,7 +183,7 @@ class _BatchNormAct(torch.autograd.Function):
         )
         # Without an activation the residual's gradient is the incoming one.
         direct = ctx.act is None and residual_dtype is not None
-        grad_input, grad_residual, grad_weight, grad_bias = torch.ops.fusedres.batch_norm_act_backward(
+        grad_input, grad_residual, grad_weight, grad_bias = batch_norm_act_backward(
             grad, x, stats, mask, ctx.act, ctx.frozen, needs_input, None if direct else residual_dtype,
             weight_dtype, bias_dtype,
         )  # fmt: skip
@@ -195,7 +197,7 @@ class _BatchNormAct(torch.autograd.Function):
         )
 
 
-register(
+batch_norm_act = register(
     "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, str? act, "
     "bool save_for_backward) -> (Tensor out, Tensor stats, Tensor mask)",
@@ -204,14 +206,14 @@ register(
     _BatchNormAct,
     counter=6,
 )
-register(
+batch_norm_act_inference = register(
     "batch_norm_act_inference(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
     "Tensor running_var, float eps, str? act, bool save_for_backward) -> (Tensor out, Tensor stats, Tensor mask)",
     _batch_norm_act_inference,
     _fake_batch_norm_act_inference,
     _BatchNormAct,
 )
-register(
+batch_norm_act_backward = register(
     "batch_norm_act_backward(Tensor grad, Tensor input, Tensor stats, Tensor mask, str? act, bool frozen, "
     "bool needs_input, ScalarType? residual_dtype, ScalarType? weight_dtype, ScalarType? bias_dtype) "
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",

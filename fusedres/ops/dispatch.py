@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from fusedres.kernels.workspace import num_sms
 
 BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ENVIRONMENT: Any = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
+_KEYS = {name: os.environ.encodekey(name) for name in ("FUSEDRES_BACKEND", "FUSEDRES_COOPERATIVE")}
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -25,10 +28,10 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     Raises:
         ValueError: ``FUSEDRES_BACKEND`` is not one of ``auto``, ``triton``, ``reference``.
     """
-    backend, has_triton, interpreting = _policy()
-    if backend not in BACKENDS:
-        raise ValueError(f"FUSEDRES_BACKEND must be one of {BACKENDS}, got {backend!r}")
-    if backend == "reference":
+    chosen, has_triton, interpreting = _policy()
+    if chosen not in BACKENDS:
+        raise ValueError(f"FUSEDRES_BACKEND must be one of {BACKENDS}, got {chosen!r}")
+    if chosen == "reference":
         return "FUSEDRES_BACKEND=reference"
     if not has_triton:
         return "triton is not installed"
@@ -48,15 +51,20 @@ def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers it.
         ValueError: ``FUSEDRES_BACKEND`` is unknown.
     """
-    given = [input, *(tensor for tensor in others if tensor is not None)]
+    given = [input, *[tensor for tensor in others if tensor is not None]]
     reason = refusal(input.device, input.dtype) or reason or _transform_refusal(given)
     for tensor in given:
         reason = reason or _tensor_refusal(tensor)
     if reason is None:
         return True
-    if _policy()[0] == "triton" and not is_known(input.numel() == 0):
+    if backend() == "triton" and not is_known(input.numel() == 0):
         raise RuntimeError(f"FUSEDRES_BACKEND=triton, but {reason}")
     return False
+
+
+def backend() -> str:
+    """``FUSEDRES_BACKEND``, whatever it is."""
+    return _policy()[0]
 
 
 def layer_norm_refusal(features: int) -> str | None:
@@ -104,7 +112,13 @@ def tf32() -> bool:
 
 @torch.compiler.assume_constant_result
 def _policy() -> tuple[str, bool, bool]:
-    return os.environ.get("FUSEDRES_BACKEND", "auto"), *_triton()
+    return environment("FUSEDRES_BACKEND") or "auto", *_triton()
+
+
+def environment(name: str) -> str | None:
+    """A variable, past ``os.environ``'s own look-up, which raises and catches an exception where it is not set."""
+    value = _ENVIRONMENT.get(_KEYS[name])
+    return None if value is None else os.environ.decodevalue(value)
 
 
 @functools.cache
@@ -120,9 +134,9 @@ def _triton() -> tuple[bool, bool]:
 def _tensor_refusal(tensor: Tensor) -> str | None:
     if is_known(tensor.numel() == 0):
         return "a tensor is empty"
-    if tensor.layout != torch.strided:
+    if tensor.layout is not torch.strided:
         return f"there is no kernel for the layout {tensor.layout}"
-    if (tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES) or tensor.is_complex():
+    if tensor.dtype not in KERNEL_DTYPES and (tensor.is_floating_point() or tensor.is_complex()):
         return f"there is no kernel for {tensor.dtype}"
     return None
 

@@ -1,13 +1,14 @@
 """The operator library, and registration of operators that have an Autograd kernel of their own.
 
 Such a kernel is a :class:`torch.autograd.Function` that calls the operator again below autograd, as ATen's own
-operators do. Unlike ``torch.library.register_autograd`` it may mutate, and dispatch is paid once.
+operators do. Unlike ``torch.library.register_autograd`` it may mutate, and dispatch is paid once; by eager code, which
+calls what :func:`register` returns, not even that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ _library = torch.library.Library("fusedres", "FRAGMENT")
 # Masks and products are laid out like their inputs, so a compiler must not change the strides in between.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_SCALARS = frozenset((type(None), bool, int, float, str, torch.dtype))
+
 
 def register(
     schema: str,
@@ -23,14 +27,17 @@ def register(
     fake: Callable[..., Any],
     function: type[torch.autograd.Function] | None = None,
     counter: int | None = None,
-) -> None:
-    """Define ``fusedres::<schema>`` for CPU and CUDA tensors.
+) -> Callable[..., Any]:
+    """Define ``fusedres::<schema>`` for CPU and CUDA tensors, and return it as a function for calls from Python.
+
+    That function goes around the dispatcher where nobody would notice, see :func:`_unobserved`, as the two passes
+    through it take the host longer than all else that is ours; everywhere else it calls the operator.
 
     Empty inputs, for which nothing can be launched, have the outputs of ``fake``, filled with zeros; the argument
     ``counter``, if any, counts them all the same.
 
     With ``function``, the last argument of the operator is ``save_for_backward``: where it is true the call goes to
-    ``function.apply(operator, *arguments)``.
+    ``function.apply(operator, *arguments)``, where ``operator`` may be the function below instead; they have one name.
     """
     name = schema.split("(")[0]
 
@@ -46,9 +53,25 @@ def register(
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
     torch.library.register_fake(f"fusedres::{name}", fake, lib=_library)
-    if function is None:
-        return
     operator = getattr(torch.ops.fusedres, name).default
+    run.__name__ = operator.__name__
+    if function is not None:
+        _library.impl(name, _autograd(operator, function), "Autograd")
+    # Without its Python half, which is for functorch's transforms.
+    apply = None if function is None else cast(Any, super(torch.autograd.Function, function)).apply
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _unobserved(args):
+            return operator(*args)
+        if apply is not None and args[-1]:
+            return apply(run, *args)
+        return run(*args)
+
+    return call
+
+
+def _autograd(operator: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The Autograd kernel of ``operator``."""
 
     def autograd(*args: Any) -> Any:
         if args[-1]:
@@ -56,7 +79,30 @@ def register(
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    _library.impl(name, autograd, "Autograd")
+    return autograd
+
+
+def _unobserved(args: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would do nothing but call us: no mode, transform, tracer, profiler or kind of tensor.
+
+    A negated view, such as the imaginary part of a conjugate, is resolved by the dispatcher.
+    """
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled  # pyright: ignore[reportPrivateImportUsage]
+    ):
+        return False
+    for arg in args:
+        kind = type(arg)
+        if kind in _PLAIN:
+            if arg.is_neg():
+                return False
+        elif kind not in _SCALARS:
+            return False
+    return True
 
 
 def refuse_double_backward() -> None:

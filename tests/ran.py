@@ -1,0 +1,78 @@
+"""Which calls of BatchNorms a forward made, and what was fused with each: what explain's rows are compared with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import fusedres
+from fusedres import reference
+
+Rows = Counter[tuple[str, str, str]]  # module, pattern, path
+
+
+def said(model: nn.Module) -> Rows:
+    """The rows of explain."""
+    rows = fusedres.explain(model).rows
+    return Counter((row["module"], row["pattern"], row["path"]) for row in rows if row["pattern"] != "print")
+
+
+@contextmanager
+def ran(model: nn.Module) -> Iterator[Rows]:
+    """The calls on the reference path, and eager ones; modules are known by their tensors."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    names = {
+        tensor.data_ptr(): name
+        for name, norm in norms.items()
+        for tensor in (*norm.parameters(recurse=False), *norm.buffers(recurse=False))
+    }
+    rows: Rows = Counter()
+    inside: list[str] = []  # of a function of ours
+
+    def recorded(function: Callable[..., Any], first: int, pattern: Callable[[dict[str, Any]], str], path: str) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            tensors = [arg for arg in (*args[first:], *kwargs.values()) if isinstance(arg, Tensor)]
+            if not inside:
+                rows[next(names[t.data_ptr()] for t in tensors if t.data_ptr() in names), pattern(kwargs), path] += 1
+            inside.append(path)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        return record
+
+    def ours(kwargs: dict[str, Any]) -> str:
+        return f"bn{'_add' * (kwargs.get('residual') is not None)}{'_act' * (kwargs.get('act') is not None)}"
+
+    functions = {
+        (reference, "batch_norm_act"): (1, ours, "reference"),
+        (reference, "add_batch_norm_act"): (2, lambda kwargs: f"add_{ours(kwargs)}", "reference"),
+        (F, "batch_norm"): (1, lambda kwargs: "bn", "eager"),
+    }
+    patches = [
+        mock.patch.object(owner, name, recorded(getattr(owner, name), *how)) for (owner, name), how in functions.items()
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        yield rows
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def assert_true(model: nn.Module, *inputs: Tensor, uncalled: frozenset[str] = frozenset()) -> None:
+    """Every call has its row and every row its call, in both modes, but for those of ``uncalled`` modules."""
+    expected = Counter({row: count for row, count in said(model).items() if row[0] not in uncalled})
+    for training in (True, False):
+        with ran(model.train(training)) as rows:
+            model(*inputs)
+        assert rows == expected, training

@@ -79,7 +79,7 @@ def diagnose() -> tuple[list[str], list[str]]:
         problems.append(refused)
     if device.type == "cuda" and refused and "FUSEDRES_BACKEND" not in refused:
         problems.append(f"the kernels are not used: {refused}")
-    backend = f"reference: {refused}" if refused else f"triton, on {device}"
+    backend = f"{functional.path_for(refused)}: {refused}" if refused else f"triton, on {device}"
     lines += _section("backend", [backend, *filter(None, [None if refused else functional.standing(device)])])
     lines += _section("environment", [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ])
     header = f"{'':54}{'path':10}{'forward':>10}{'eager':>10}{'backward':>10}{'eager':>10}"
@@ -93,7 +93,7 @@ def check(function: str, dtype: torch.dtype, device: torch.device) -> Check:
     """Run ``function``, a key of :data:`FUNCTIONS`, in ``dtype`` on ``device``; it may raise anything."""
     path = "?"
     try:
-        path = "reference" if functional.refusal(device, dtype) else "triton"
+        path = functional.path_for(functional.refusal(device, dtype))
         tensors = _tensors(function, dtype)
         cotangents = _cotangents(function, tensors, dtype)
         exact = _run(reference, function, tensors, cotangents, torch.device("cpu"), torch.float64)

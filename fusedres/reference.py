@@ -244,7 +244,7 @@ def sync_merge(
         if momentum is None and num_batches_tracked is not None:
             factor = 1 / num_batches_tracked.to(messages.dtype)
         for running, new in ((running_mean, mean), (running_var, var * (total / (total - 1)))):
-            running.copy_(factor * new + (1 - factor) * running)
+            running.copy_(torch.where(total > 0, factor * new + (1 - factor) * running, running))
     rstd = (var + eps).rsqrt()
     scale = rstd if weight is None else rstd * weight
     shift = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype)

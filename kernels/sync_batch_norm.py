@@ -50,11 +50,11 @@ def _batch_norm_merge_kernel(
         m2_p = tl.load(messages + C + offs_c[None, :], mask=mask, other=0.0)
         count, mean, m2 = _chan_merge(count, mean, m2, count_p, mean_p, m2_p)
     mean_c, var_c = _moments(count, mean, m2)
-    total = tl.sum(tl.sum(count, axis=0), axis=0)
+    total = tl.sum(count, axis=0)
     _affine(mean_c, var_c, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, True, C, EPS)
     _update_running(
         mean_c, var_c, total.to(tl.int64), running_mean_ptr, running_var_ptr, num_batches_ptr, counters_ptr,
-        tl.num_programs(0), momentum, offs_c, mask_c,
+        tl.num_programs(0), momentum, offs_c, mask_c & (total > 0),  # nothing is learnt from empty batches
     )  # fmt: skip
     tl.store(inverse_ptr + offs_c, tl.div_rn(1.0, tl.zeros_like(mean_c) + total), mask=mask_c)
     tl.store(inverse_ptr + C + offs_c, tl.div_rn(_rstd(var_c, EPS), tl.zeros_like(mean_c) + total), mask=mask_c)

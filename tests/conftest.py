@@ -31,6 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+        elif HAS_GPU and _interprets(item):
+            item.add_marker(pytest.mark.skip(reason="kernels are compiled here, not interpreted"))
+
+
+def _interprets(item: pytest.Item) -> bool:
+    """Whether its kernels are to run on CPU tensors."""
+    fixtures = getattr(item, "fixturenames", ())
+    return "triton_backend" in fixtures and "device" not in fixtures and not item.get_closest_marker("gpu")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,8 @@ def run_ranks(function: Callable[[int], Any]) -> list[Any]:
     Raises:
         ProcessRaisedException: a rank failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    # Interpreted also where there is a GPU: the ranks are on the CPU.
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         mp.spawn(_rank, (function, folder), RANKS)  # pyright: ignore[reportPrivateImportUsage]
         return [torch.load(_result(folder, rank), weights_only=False) for rank in range(RANKS)]
 

@@ -62,6 +62,7 @@ def test_functions_that_raise(value):
     assert f"FUSEDRES_BACKEND={value}" in done.stdout
     expected = "RuntimeError: FUSEDRES_BACKEND=triton" if value == "triton" else "ValueError: FUSEDRES_BACKEND must be"
     assert f"wrong: batch_norm_act in torch.float32: {expected}" in done.stdout
+    assert ("raises: there is no kernel for cpu tensors" in done.stdout) == (value == "triton")
 
 
 def test_the_command_is_installed_under_its_name():

@@ -76,6 +76,14 @@ def test_double_precision_takes_the_reference(monkeypatch):
     assert "kernel" in rows[0]["reason"]
 
 
+def test_what_no_kernel_covers_raises_where_kernels_are_asked_for(monkeypatch):
+    monkeypatch.setenv("FUSEDRES_BACKEND", "triton")
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm3d(4)).double()
+    assert [row["path"] for row in fusedres.explain(model).rows] == ["raises", "eager"]
+    with pytest.raises(RuntimeError, match=fusedres.explain(model).rows[0]["reason"]):
+        fusedres.fuse(model)(torch.randn(2, 4, 3, 3, dtype=torch.float64))
+
+
 def test_norms_that_are_not_taken_over_are_eager():
     model = nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU(), nn.BatchNorm3d(4), nn.BatchNorm2d(4, affine=False), nn.ReLU())
     rows = rows_of(model)

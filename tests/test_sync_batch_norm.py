@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.instruments.meter import TrafficMeter
 from fusedres import functional, reference
+from fusedres.nn import SyncBatchNormAct
 from tests.oracle import (
     BatchNormInputs,
     Tensors,
@@ -235,8 +238,54 @@ def test_one_value_is_refused_alone_only(fake_group):
     functional.batch_norm_act(x, None, None, training=True, group=fake_group)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_all_batches_empty(fake_group, monkeypatch, device, backend):
+    """Nothing is learnt, as by one process; the batch is counted."""
+    monkeypatch.setenv("FUSEDRES_BACKEND", backend)
+    norm = SyncBatchNormAct(3).to(device)
+    x = torch.randn(0, 3, 2, 2, device=device, requires_grad=True)
+    norm(x, x).sum().backward()
+    assert x.grad is not None and norm.weight.grad is not None
+    assert norm.weight.grad.tolist() == [0, 0, 0]
+    assert norm.running_mean is not None and norm.running_mean.tolist() == [0, 0, 0]
+    assert norm.running_var is not None and norm.running_var.tolist() == [1, 1, 1]
+    assert norm.num_batches_tracked == 1
+
+
+def test_outside_of_the_group_it_is_plain(fake_group):
+    x, plain = torch.randn(2, 3, 2, 2, dtype=torch.float64), nn.BatchNorm2d(3).double()
+    norm = SyncBatchNormAct(3, act=None, process_group=dist.new_group([1])).double()
+    for candidate in (norm, torch.compile(norm, backend="eager", fullgraph=True)):
+        assert torch.equal(candidate(x), plain(x))
+    assert torch.equal(norm.running_var, plain.running_var)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_batch_size_in_the_data(fake_group, triton_backend, added):
+    """Down to an empty batch, in one graph."""
+    torch._dynamo.reset()
+    function = functional.add_batch_norm_act if added else functional.batch_norm_act
+
+    def picked(x: Tensor, keep: Tensor) -> Any:
+        return function(x[keep], residual=x[keep], running_mean=None, running_var=None, training=True, act="relu",
+                        group=dist.group.WORLD)  # fmt: skip
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(picked, backend=counter, fullgraph=True)
+    with mock.patch("torch._dynamo.config.capture_dynamic_output_shape_ops", True):
+        for kept in (3, 5, 0, 2):
+            x, keep = torch.randn(5, 3, 2, 2, requires_grad=True), torch.arange(5) < kept
+            grads = []
+            for candidate in (compiled, picked):
+                out = candidate(x, keep)
+                out = out[1] if added else out
+                grads.append((out, *torch.autograd.grad(out, x, torch.ones_like(out))))
+            torch.testing.assert_close(grads[0], grads[1])
+    assert counter.frame_count == 1
+
+
 def test_double_backward_is_refused(fake_group):
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     out = functional.batch_norm_act(x, None, None, training=True, group=fake_group)
-    with pytest.raises(NotImplementedError, match="double backward"):
+    with pytest.raises(NotImplementedError, match="several ranks has no double backward"):
         torch.autograd.grad(out.square().sum(), x, create_graph=True)

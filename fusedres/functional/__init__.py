@@ -19,6 +19,7 @@ from fusedres.ops import KERNEL_DTYPES as KERNEL_DTYPES  # for explain, as what 
 from fusedres.ops import autocasts as autocasts
 from fusedres.ops import layer_norm_refusal as layer_norm_refusal
 from fusedres.ops import multiplies_itself as multiplies_itself
+from fusedres.ops import path_for as path_for
 from fusedres.ops import pool_refusal as pool_refusal
 from fusedres.ops import refusal as refusal
 from fusedres.ops import slower_than_eager as slower_than_eager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedres import ops, reference
 from fusedres.functional.checks import BatchNormState, check_batch_norm, needs_grad
-from fusedres.ops import eager_is_faster, kind, sync_batch_norm_act, use_kernels
+from fusedres.ops import eager_is_faster, is_known, kind, sync_batch_norm_act, use_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -168,7 +168,7 @@ def _synchronised(
 ) -> Any:
     """The batches of all ranks normalised together; a rank with an empty one merges as the others do."""
     assert group is not None
-    activations = (input, residual) if input.numel() > 0 else (input.new_empty(1), None)
+    activations = (input.new_empty(1), None) if is_known(input.numel() == 0) else (input, residual)
     parameters, buffers = (norm.weight, norm.bias), (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     return sync_batch_norm_act(
         input, residual, parameters, buffers, momentum=norm.momentum, eps=norm.eps, act=act, added=added,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.functional import layer_norm_refusal, refusal, slower_than_eager, standing
+from fusedres.functional import layer_norm_refusal, path_for, refusal, slower_than_eager, standing
 from fusedres.fusion.entries import Entry, find_entries, unfused
 from fusedres.fusion.foreign import TakenNorm
 from fusedres.fusion.plan import sealed, swap_refusal
@@ -44,8 +44,9 @@ class Explanation:
         rows: dicts of ``module`` (qualified name; the block's for a print), ``pattern`` (``bn``, ``bn_act``,
             ``bn_add``, ``bn_add_act``, ``add_bn``, ``add_bn_act``, ``bn_add_bn``, ``bn_add_bn_act``,
             ``bn_act_maxpool``, any but those after ``bn_add_act`` with ``_avgpool``, ``ln``, ``ln_linear_act``,
-            ``linear_ln_act`` or ``print``), ``path`` (``triton``, ``reference`` or, for what is left alone,
-            ``eager``), ``reason`` and ``bytes_saved`` (an int, or ``None`` where it is not known; see :func:`explain`).
+            ``linear_ln_act`` or ``print``), ``path`` (``triton``, ``reference``; ``raises`` where
+            ``FUSEDRES_BACKEND=triton`` and no kernel covers it; ``eager`` for what is left alone), ``reason`` and
+            ``bytes_saved`` (an int, or ``None`` where it is not known; see :func:`explain`).
         bytes_saved: the sum of the rows'; ``None`` without an input.
         note: why not all is known, where a forward could not be followed to its end.
         standing: on a GPU, whether kernels were compared with PyTorch's own there, by which ``path`` is chosen.
@@ -168,7 +169,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         left_alone = entry.left_alone or _row_refusal(call, module, entry.fused)
         refused = _kernel_refusal(module, entry.block) if left_alone is None else None
         pattern = pattern if left_alone is None else unfused(call)
-        path = "eager" if left_alone is not None else "reference" if refused else "triton"
+        path = "eager" if left_alone is not None else path_for(refused)
         forks = "the gradients of its readers are added in its backward" if call.forks and path != "eager" else None
         reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason, forks))))
     return {"module": entry.name, "pattern": pattern, "path": path, "reason": reason}

@@ -16,10 +16,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class SyncBatchNormAct(BatchNormAct2d):
     """:class:`BatchNormAct2d` with, in training, the statistics of the batches of all ranks.
 
-    Input is ``(N, C, *)``, and N may differ between ranks or be 0. In evaluation, in a world of one rank, and where
-    :mod:`torch.distributed` is not initialised, it is a BatchNormAct2d. Else a layer takes one all-gather in the
-    forward and one all-reduce in the backward, see ``group`` of :func:`fusedres.functional.batch_norm_act`. A module
-    that holds a process group cannot be copied or pickled, as in :class:`torch.nn.SyncBatchNorm`.
+    Input is ``(N, C, *)``, and N may differ between ranks or be 0. In evaluation, in a group of one rank or outside of
+    the group, and where :mod:`torch.distributed` is not initialised, it is a BatchNormAct2d. Else a layer takes one
+    all-gather in the forward and one all-reduce in the backward, see ``group`` of
+    :func:`fusedres.functional.batch_norm_act`. A module that holds a process group cannot be copied or pickled, as in
+    :class:`torch.nn.SyncBatchNorm`.
 
     Args:
         process_group: the ranks to normalise with; ``None`` is all of them. Keyword only; the other arguments are
@@ -43,6 +44,7 @@ class SyncBatchNormAct(BatchNormAct2d):
         group = None
         if self.training and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD if self.process_group is None else self.process_group
+            group = None if group == dist.GroupMember.NON_GROUP_MEMBER else group
         return {**batch_norm_state(self, input), "group": group}
 
 

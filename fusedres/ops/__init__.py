@@ -13,6 +13,7 @@ from fusedres.ops.dispatch import autocasts as autocasts
 from fusedres.ops.dispatch import is_known as is_known
 from fusedres.ops.dispatch import layer_norm_refusal as layer_norm_refusal
 from fusedres.ops.dispatch import multiplies_itself as multiplies_itself
+from fusedres.ops.dispatch import path_for as path_for
 from fusedres.ops.dispatch import pool_refusal as pool_refusal
 from fusedres.ops.dispatch import refusal as refusal
 from fusedres.ops.dispatch import tf32 as tf32

@@ -70,6 +70,13 @@ def backend() -> str:
     return _policy()[0]
 
 
+def path_for(refused: str | None) -> str:
+    """``triton`` for a call that is not refused; else ``reference``, or ``raises`` where kernels are asked for."""
+    if refused is None:
+        return "triton"
+    return "raises" if backend() == "triton" else "reference"
+
+
 def layer_norm_refusal(features: int) -> str | None:
     """Why no kernel normalises rows of so many features; ``None`` when one does."""
     return f"no kernel normalises over more than {MAX_LAYER_NORM} features" if features > MAX_LAYER_NORM else None

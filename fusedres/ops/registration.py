@@ -107,16 +107,16 @@ def _unobserved(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def refuse_double_backward() -> None:
+def refuse_double_backward(
+    reason: str = "the kernels have no double backward; FUSEDRES_BACKEND=reference takes PyTorch's own operators",
+) -> None:
     """For the start of a backward.
 
     Raises:
         NotImplementedError: it is to be differentiated (``create_graph=True``).
     """
     if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "the kernels have no double backward; FUSEDRES_BACKEND=reference takes PyTorch's own operators"
-        )
+        raise NotImplementedError(reason)
 
 
 def reserve_counters(device: torch.device) -> None:

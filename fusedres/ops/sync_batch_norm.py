@@ -82,7 +82,7 @@ class _SyncBatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
+        refuse_double_backward("BatchNorm over several ranks has no double backward")
         x, stats, inverse, mask = ctx.saved_tensors
         x_dtype, residual_dtype, weight_dtype, bias_dtype = (
             dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:4], strict=True)

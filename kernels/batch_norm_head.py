@@ -52,7 +52,7 @@ def _image_mask_offsets(
     bytes_s = (S + 7) // 8
     offs_b, c = tl.arange(0, BLOCK_N * BLOCK_S // 8), tl.arange(0, BLOCK_C)
     n, b = offs_b // (BLOCK_S // 8), offs_b % (BLOCK_S // 8)
-    valid = ((n0 + n < N) & (s0 // 8 + b < bytes_s))[:, None] & (c0 + c < C)[None, :]
+    valid = ((n < (N - n0).to(tl.int32)) & (8 * b < S - s0))[:, None] & (c < C - c0)[None, :]
     if CHANNELS_LAST:
         base = (n0 * bytes_s + s0 // 8) * C + c0
         offsets = (n * bytes_s + b)[:, None] * C + c[None, :]

@@ -97,6 +97,17 @@ def test_oracle(device, shape, training, channels_last, residual, dtype):
     check(inputs, device, channels_last=channels_last, training=training, act="relu")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(32, 2048, 7, 7), (8, 2048, 7, 7), (8, 67, 28, 28), (256, 64, 7, 7)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@residual_or_not
+@both_layouts
+@both_modes
+def test_oracle_at_the_size_of_a_network(shape, training, channels_last, residual, dtype):
+    inputs = inputs_of(shape, dtype, training, residual=residual)
+    check(inputs, torch.device("cuda"), channels_last=channels_last, training=training, act="relu")
+
+
 @residual_or_not
 @both_layouts
 @every_path

@@ -15,7 +15,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from fusedres import reference
-from fusedres.functional import add_batch_norm_act, batch_norm_act
+from fusedres.functional import add_batch_norm_act, batch_norm_act, batch_norm_act_global_avg_pool2d
 from fusedres.nn import BasicBlock, BatchNormAct2d, PreActBasicBlock
 from tests.oracle import batch_norm_inputs, check_batch_norm
 
@@ -114,6 +114,23 @@ def test_sum_bit_for_bit(shape):
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(2_000):
         for got, want in zip(join(), first, strict=True):
+            wrong += (got != want).any()
+    assert wrong.item() == 0
+
+
+@pytest.mark.parametrize("shape", [(64, 512, 7, 7), (8, 512, 7, 7)], ids=["two launches", "one launch"])
+def test_head_bit_for_bit(shape):
+    x, residual = activation(shape).requires_grad_(), activation(shape).requires_grad_()
+    weight, grad = torch.rand(shape[1], device="cuda").requires_grad_(), activation((*shape[:2], 1, 1))
+
+    def head() -> list[Tensor]:
+        out = batch_norm_act_global_avg_pool2d(x, None, None, weight, training=True, residual=residual, act="relu")
+        return [out, *torch.autograd.grad(out, [x, residual, weight], grad)]
+
+    first = head()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(2_000):
+        for got, want in zip(head(), first, strict=True):
             wrong += (got != want).any()
     assert wrong.item() == 0
 

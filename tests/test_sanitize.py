@@ -13,7 +13,7 @@ import torch
 import torch.utils.deterministic
 
 from fusedres import functional
-from fusedres.functional import add_batch_norm_act, batch_norm_act
+from fusedres.functional import add_batch_norm_act, batch_norm_act, batch_norm_act_global_avg_pool2d
 from tests.oracle import LINEAR_LN, LN_LINEAR, linear_inputs, run_linear
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -43,6 +43,11 @@ def batch_norm(shape: tuple[int, ...], channels_last: bool, training: bool) -> C
             )
             out.backward(torch.randn_like(out))
             assert x.grad.isfinite().all() and count.item() == int(training)
+            pooled = batch_norm_act_global_avg_pool2d(
+                x, mean, var, weight, None, training, residual=other, act="relu"
+            )  # fmt: skip
+            pooled.backward(torch.randn_like(pooled))
+            assert pooled.isfinite().all() and x.grad.isfinite().all()
             if other is not None:
                 outputs = add_batch_norm_act(x, other, mean, var, weight, None, training, act="relu")
                 torch.autograd.backward(outputs, [torch.randn_like(out)] * 2)

@@ -69,6 +69,51 @@ def test_cooperative(view, itemsize, num_sms):
     assert 2 * config.channel_tiles <= tiling.MAX_CHANNEL_TILES
 
 
+image_views = st.builds(
+    lambda n, c, s, last: Rows(n * s, c, s, last),
+    st.integers(1, 1 << 16), st.integers(1, 1 << 14), st.integers(1, 1 << 14), st.booleans(),
+)  # fmt: skip
+
+
+def check_images(view: Rows, config: tiling.ImageTiling) -> None:
+    for extent in (config.block_n, config.block_s, config.block_c, config.num_warps):
+        assert extent & (extent - 1) == 0
+    assert config.block_s >= 8  # a byte of the mask holds eight pixels of one image
+    assert config.num_warps <= 16
+    assert config.channel_tiles * config.block_c >= view.C
+    assert config.channel_tiles <= tiling.MAX_CHANNEL_TILES
+    # Offsets inside of a tile have 32 bits.
+    assert config.block_n == 1 or config.block_n * config.block_s <= tiling.ON_CHIP_ELEMENTS
+
+
+@given(image_views, itemsizes)
+def test_images(view, itemsize):
+    config = tiling.images(view, itemsize)
+    check_images(view, config)
+    each = config.tiles * config.block_n
+    assert config.programs * each >= view.images > (config.programs - 1) * each
+    assert each * view.S >= min(view.M, tiling.MIN_ROWS)
+
+
+@given(image_views, itemsizes, st.sampled_from([1, 108, 132, 304]))
+def test_image_reduction(view, itemsize, num_sms):
+    config = tiling.image_reduction(view, itemsize, num_sms)
+    check_images(view, config)
+    tiles = tiling.cdiv(view.images, config.block_n) * tiling.cdiv(view.S, config.block_s)
+    assert 1 <= config.programs <= tiles
+    assert config.programs == 1 or view.M // config.programs >= 2 * tiling.MIN_ROWS
+
+
+@given(image_views, itemsizes)
+def test_images_on_chip(view, itemsize):
+    config = tiling.images_on_chip(view, itemsize)
+    if config is None:
+        return
+    check_images(view, config)
+    assert config.programs == 1 and config.block_n >= view.images and config.block_s >= view.S
+    assert config.block_n * config.block_s * config.block_c <= tiling.ON_CHIP_ELEMENTS
+
+
 def test_known_shapes():
     """ResNet's first stage needs two launches, its last at a small batch one."""
     assert tiling.on_chip(Rows(8 * 56 * 56, 64, 56 * 56, True), 2) is None

@@ -78,10 +78,13 @@ def _in_flight(launch: Launch, arch: str, code: Code) -> list[str]:
     """Loads asked for at once, where memory is what limits: all that full bandwidth needs, or ``IN_FLIGHT`` of it.
 
     Half as many where rows allow no wide access: a thread has fewer elements there, as each has an address of its own.
+    Nobody waits for stores: where more is written than read, the loads have the smaller part of the bandwidth.
     """
     device, first = BY_ARCH[arch], next(iter(launch.tensors.values()))
     there = device.resident(code.registers, code.shared_bytes, threads(launch, arch)) * code.load_bytes
     needed = device.needed_bytes * IN_FLIGHT.get(arch, 1.0) * (1 if _align(launch) * BITS[first] >= 128 else 0.5)
+    read, written = (len(names & launch.tensors.keys()) for names in ({*ACTIVATIONS}, {*OUTPUTS}))
+    needed *= min(1.0, 2 * read / max(1, read + written))
     if launch.name in PRODUCTS or there >= needed:
         return []
     return [f"{there} bytes in flight a multiprocessor, fewer than {needed:.0f}"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,7 +47,7 @@ class Case(traffic_batch_norm.Case):
         return [torch.randn(*self.shape[:2], 1, 1)]
 
     def fused(self, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:
-        given = tensors | {name: tensors[name].clone() for name in ("running_mean", "running_var")}
+        given: dict[str, Any] = tensors | {name: tensors[name].clone() for name in ("running_mean", "running_var")}
         return (functional.batch_norm_act_global_avg_pool2d(**given, training=training, act="relu"),)
 
     def eager(self, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:

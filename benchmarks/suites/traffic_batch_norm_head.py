@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,8 +46,8 @@ class Case(traffic_batch_norm.Case):
         return [torch.randn(*self.shape[:2], 1, 1)]
 
     def fused(self, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:
-        given = tensors | {name: tensors[name].clone() for name in ("running_mean", "running_var")}
-        return (getattr(functional, HEAD)(**given, training=training, act="relu"),)
+        given: dict[str, Any] = tensors | {name: tensors[name].clone() for name in ("running_mean", "running_var")}
+        return (functional.batch_norm_act_global_avg_pool2d(**given, training=training, act="relu"),)
 
     def eager(self, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:
         return (F.adaptive_avg_pool2d(super().eager(tensors, training)[0], 1),)

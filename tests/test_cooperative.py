@@ -107,7 +107,7 @@ def test_made_up_figures_switch_it_on(cooperative, monkeypatch):
 PROGRAM = """
 import torch
 from benchmarks.instruments import codegen
-from benchmarks.instruments.launches import cooperative_launches
+from benchmarks.instruments.launches_batch_norm import cooperative_launches
 [launch] = cooperative_launches((4, 64, 56, 56), torch.bfloat16, channels_last=True, residual=True, add=False)
 compile = codegen.triton.compile
 def printing(*args, **kwargs):

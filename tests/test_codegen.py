@@ -79,7 +79,8 @@ print(json.dumps([text for launch in found for text in limits.complaints(
     return json.loads(run_compiled(["-c", program]))
 
 
-LAYER = "launches_batch_norm.batch_norm_launches((8, 64, 56, 56), torch.bfloat16, channels_last=True, residual=True, training=True)"
+OPTIONS = "channels_last=True, residual=True, training=True"
+LAYER = f"launches_batch_norm.batch_norm_launches((8, 64, 56, 56), torch.bfloat16, {OPTIONS})"
 
 
 @pytest.mark.parametrize(

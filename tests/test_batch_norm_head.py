@@ -217,7 +217,9 @@ def test_exact_zeros_get_no_gradient(device, channels_last, residual):
 LEAVES = ("input", "residual", "weight", "bias")
 
 
-@pytest.mark.parametrize("frozen", [{"input"}, {"residual"}, {"weight", "bias"}, {"input", "weight", "bias"}], ids=str)
+@pytest.mark.parametrize(
+    "frozen", [("input",), ("residual",), ("weight", "bias"), ("input", "weight", "bias")], ids=" ".join
+)
 @both_acts
 @every_path_channels_last
 def test_partial_gradients(device, shape, training, act, frozen):

@@ -16,18 +16,22 @@ from benchmarks import results
 from benchmarks.errors import BenchmarkError
 from benchmarks.reporting import preferences
 from benchmarks.results import Row
-from fusedres import reference
+from fusedres import functional, reference
 from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.ops import preference
 
 NAME = "A GPU that does not exist"
 LARGE, SMALL = (4, 8, 8, 8), (2, 8, 2, 2)
+BEYOND = ("bn+add+relu+fork", "bn+add+bn+relu", "bn+relu+maxpool", "bn+add+relu+avgpool")
 TABLE = {
     NAME: {
         "torch": "0", "triton": "0", "commit": "none", "date": "2000-01-01",
         "speed": {
             group: [[8, 8, 0.5], [256, 8, 1.5]]
-            for group in ("bn+relu training float32", "bn+relu inference float32", "add+bn+relu training float32")
+            for group in (
+                "bn+relu training float32", "bn+relu inference float32", "add+bn+relu training float32",
+                *(f"{kind} training float32" for kind in BEYOND),
+            )
         },
     }
 }  # fmt: skip
@@ -58,7 +62,10 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("batch_norm_act", "add_batch_norm_act"):
+    for name in (
+        "batch_norm_act", "add_batch_norm_act", "batch_norm_add_batch_norm_act", "batch_norm_act_max_pool2d",
+        "batch_norm_act_global_avg_pool2d",
+    ):  # fmt: skip
         monkeypatch.setattr(reference, name, noting(name))
     return calls
 
@@ -81,6 +88,44 @@ def test_the_nearest_measured_size_decides(taken):
     run(SMALL, training=False)
     add_batch_norm_act(activation(SMALL), activation(SMALL), None, None, training=True, act="relu")
     assert taken == ["batch_norm_act", "batch_norm_act", "add_batch_norm_act", "batch_norm_act"]
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("function", "first"),
+    [
+        (lambda x, norm: functional.forked_batch_norm_act(x, norm, residual=x, act="relu"), "batch_norm_act"),
+        (lambda x, norm: functional.batch_norm_add_batch_norm_act(x, x, norm, norm), "batch_norm_add_batch_norm_act"),
+        (lambda x, norm: functional.batch_norm_act_max_pool2d(x, *norm[:7]), "batch_norm_act_max_pool2d"),
+        (
+            lambda x, norm: functional.batch_norm_act_global_avg_pool2d(x, *norm[:7], residual=x),
+            "batch_norm_act_global_avg_pool2d",
+        ),
+    ],
+    ids=BEYOND,
+)
+def test_it_decides_beyond_a_layer_too(function, first, taken):
+    norm = functional.BatchNormState(None, None, training=True)
+    function(activation(LARGE), norm)
+    assert taken == []
+    function(activation(SMALL), norm)
+    assert taken[0] == first
+
+
+@pytest.mark.usefixtures("table")
+def test_explain_knows_what_lies_beyond_a_layer():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn1, self.bn2, self.relu = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.relu(self.bn1(x) + self.bn2(x.exp()))
+
+    model = fusedres.fuse(Block())
+    large, small = (fusedres.explain(model, shape) for shape in (LARGE, SMALL))
+    assert [(row["pattern"], row["path"]) for row in large.rows] == [("bn_add_bn_act", "triton")]
+    assert [(row["pattern"], row["path"]) for row in small.rows] == [("bn_add_bn_act", "reference")]
 
 
 @pytest.mark.usefixtures("table")

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from fusedres.kernels._common import _arrive, _chan_merge, _moments, _normalise, _positive, _rstd
+from fusedres.kernels._common import _arrive, _chan_merge, _normalise, _positive, _rstd
+from fusedres.kernels.batch_norm_forward import _merge_partials
 from fusedres.kernels.layout import alignment
 from fusedres.kernels.tiling import cdiv
 from fusedres.kernels.workspace import counters, num_sms
@@ -61,30 +62,6 @@ def _pixels(rows, H, W, STRIDE: tl.constexpr):
     out_h = (H + STRIDE - 1) // STRIDE
     inside = rows % (out_h * out_w)
     return (rows // (out_h * out_w) * H + inside // out_w * STRIDE) * W + inside % out_w * STRIDE
-
-
-@triton.jit
-def _merged_columns(
-    partials_ptr, offs_n, mask_n, M, N, programs,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """(mean, biased variance) of columns from all programs' (mean, M2), always in the same order."""
-    row_tiles = tl.cdiv(M, BLOCK_M)
-    count = tl.zeros([BLOCK_P, 1], dtype=tl.float32)
-    mean = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
-    m2 = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
-    for start in range(0, programs, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)
-        rows = (row_tiles - offs_p + programs - 1) // programs * BLOCK_M
-        rows -= tl.where(offs_p == (row_tiles - 1) % programs, row_tiles * BLOCK_M - M, 0)
-        count_p = tl.where(offs_p < programs, rows, 0).to(tl.float32)[:, None]
-        mask = (offs_p < programs)[:, None] & mask_n[None, :]
-        pointers = partials_ptr + offs_p[:, None] * N + offs_n[None, :]
-        # .cg: other multiprocessors wrote these; not from this one's L1
-        mean_p = tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
-        m2_p = tl.load(pointers + programs * N, mask=mask, other=0.0, cache_modifier=".cg")
-        count, mean, m2 = _chan_merge(count, mean, m2, count_p, mean_p, m2_p)
-    return _moments(count, mean, m2)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "H", "W", "programs"])
@@ -141,9 +118,9 @@ def _conv1x1_kernel(
             count_n, mean_n, m2_n = _chan_merge(count_n, mean_n, m2_n, count, mean, tl.sum(centred * centred, axis=0))
     if partials_ptr is not None:
         tl.store(partials_ptr + pid_m * N + offs_n, mean_n, mask=mask_n)
-        tl.store(partials_ptr + (programs + pid_m) * N + offs_n, m2_n, mask=mask_n)
+        tl.store(partials_ptr + (programs + pid_m) * N + offs_n, m2_n / tl.maximum(count_n, 1.0), mask=mask_n)
         if _arrive(counters_ptr + 1 + pid_n) == programs - 1:
-            mean, var = _merged_columns(partials_ptr, offs_n, mask_n, M, N, programs, BLOCK_M, BLOCK_N, BLOCK_P)
+            mean, var = _merge_partials(partials_ptr, offs_n, mask_n, M, N, programs, BLOCK_M, BLOCK_N, BLOCK_P)
             tl.store(stats_ptr + offs_n, mean, mask=mask_n)
             tl.store(stats_ptr + N + offs_n, _rstd(var, EPS), mask=mask_n)
             tl.store(counters_ptr + 1 + pid_n, 0)

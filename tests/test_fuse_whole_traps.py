@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedres
 from fusedres import models
 from tests.ran import assert_true, said
-from tests.test_fuse_whole import SHAPE, block_of, resnet
+from tests.test_fuse_whole import SHAPE, block_of, check, resnet
 from tests.zoo import conv, images, randomise
 
 
@@ -49,6 +49,18 @@ def test_a_forward_that_differentiates_gets_the_whole_gradient(forward: Callable
     x = images(*SHAPE).float().requires_grad_()
     torch.testing.assert_close(fusedres.fuse(block)(x), reference(x), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(block.conv.weight.grad, reference.conv.weight.grad, rtol=1e-3, atol=1e-3)
+
+
+UNREAD: dict[str, Callable[..., object]] = {
+    "shape": lambda self, x: self.conv2(x).view(F.relu(self.b(x)).shape),
+    "nothing": lambda self, x: (self.conv2(x), F.relu(self.b(x)) + 1)[0],
+    "print": lambda self, x: (self.conv2(x), print(self.b(x)))[0],
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_value_that_nothing_is_computed_from(name):
+    check(block_of(UNREAD[name]))
 
 
 def test_explain_says_which_pooling_has_no_kernel(monkeypatch):

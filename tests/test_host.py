@@ -115,13 +115,23 @@ def test_a_negated_view_is_resolved(dispatched):
     assert dispatched == [True, False]
 
 
+def test_batched_gradients_are_dispatched(dispatched):
+    """As of ``torch.autograd.functional.jacobian(vectorize=True)``; such tensors have no memory of their own."""
+    x, grads = torch.randn(SHAPE, requires_grad=True), torch.randn(3, *SHAPE)
+    out = forward(x)
+    [found] = torch.autograd.grad(out, x, grads, retain_graph=True, is_grads_batched=True)
+    assert dispatched == [False, True]
+    for grad, one in zip(grads, found, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(out, x, grad, retain_graph=True)[0])
+
+
 def test_both_ways_give_the_same_bits():
     x, residual = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE, requires_grad=True)
     weight = torch.rand(8, requires_grad=True)
     results = []
     for call in (batch_norm.batch_norm_act, torch.ops.fusedres.batch_norm_act):
         mean, var, count = torch.zeros(8), torch.ones(8), torch.tensor(0)
-        out = call(x, residual, weight, None, mean, var, count, 0.1, 1e-5, "relu", True)[0]
+        out = call(x, residual, weight, None, mean, var, count, 0.1, 1e-5, "relu", False, True)[0]
         assert [buffer._version for buffer in (mean, var, count)] == [1, 1, 1]
         grads = torch.autograd.grad(out, [x, residual, weight], torch.ones_like(out))
         results.append([out, mean, var, count, *grads])

@@ -124,7 +124,7 @@ def parts(mode: str, ours: Callable[..., Tensor], norm: nn.BatchNorm2d, inputs: 
     call = step(mode, ours, norm, inputs)
     call()  # compiles
 
-    def outputs(*_: object) -> tuple[Tensor, ...]:
+    def outputs(*_: object, **__: object) -> tuple[Tensor, ...]:
         return torch.empty_like(x), torch.empty((4, x.shape[1])), torch.empty(0)
 
     calls: dict[str, Timed] = {

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fusedres.fusion.pairs import is_apart
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import FORK, POOL
+from fusedres.nn import SyncBatchNormAct
 
 # What makes a value: the path of a child, and of its calls which, counted from 0.
 Maker = tuple[str, int]
@@ -75,19 +76,25 @@ def merge_forks(training: Forks, evaluation: Forks) -> Forks:
 
 
 def calls_by_end(chains: Mapping[nn.Module, Chain]) -> dict[tuple[nn.Module, Maker], str]:
-    """The calls of BatchNorms, by their blocks, that do not end in writing a value once; nobody watches on the way."""
+    """The calls of BatchNorms, by their blocks, that do not end in writing a value once; nobody watches on the way.
+
+    Those of a block that is called more than once are in it if all of them end so.
+    """
 
     def made_by(block: nn.Module, maker: Maker) -> tuple[nn.Module, Maker] | None:
         part = block.get_submodule(maker[0])
         if isinstance(part, _BatchNorm):
-            return block, maker
+            return None if isinstance(part, SyncBatchNormAct) else (block, maker)
         chain = chains.get(part)
         if chain is None or chain.forks.gives is None or is_apart(part):
             return None
         return made_by(part, chain.forks.gives)
 
-    found = {made_by(block, maker): kind for block, chain in chains.items() for maker, kind in chain.forks.links}
-    return {call: kind for call, kind in found.items() if call is not None}
+    found: dict[tuple[nn.Module, Maker] | None, set[str]] = {}
+    for block, chain in chains.items():
+        for maker, kind in chain.forks.links:
+            found.setdefault(made_by(block, maker), set()).add(kind)
+    return {call: kinds.pop() for call, kinds in found.items() if call is not None and len(kinds) == 1}
 
 
 def with_ends(calls: Iterable[Call], ends: Mapping[Maker, str]) -> list[Call]:

@@ -20,14 +20,15 @@ from fusedres.fusion.pairs import is_native
 from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, sealed, walk
 from fusedres.fusion.reads import mentions
 from fusedres.fusion.rewriting import Call
-from fusedres.nn import BatchNormAct2d
+from fusedres.nn import BatchNormAct2d, SyncBatchNormAct
 
 
 @dataclass(frozen=True)
 class Entry:
     """What a row is about: a call in ``block`` of ``module``, the ``place``-th of ``count`` there.
 
-    ``fused`` is whether the model is; ``left_alone`` is why nothing below a compiled or scripted module is touched.
+    ``partner`` is the other BatchNorm of a join, ``fused`` whether the model is; ``left_alone`` is why nothing below a
+    compiled or scripted module is touched.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Entry:
     block: nn.Module
     place: int = 0
     count: int = 1
+    partner: nn.Module | None = None
     fused: bool = False
     left_alone: str | None = None
 
@@ -48,7 +50,8 @@ def find_entries(model: nn.Module) -> Iterator[Entry]:
     options = Options(FUSIONS) if fused else Options()
     plans = [plan for plan in make_plans(model, options=options) if sealed(plan.block) is None]
     found = [*_calls(plans, names, fused)]
-    found += _calls_not_found(plans, names, {entry.module for entry in found})
+    seen = {module for entry in found for module in (entry.module, entry.partner) if module is not None}
+    found += _calls_not_found(plans, names, seen)
     for entry in found:
         yield replace(entry, fused=fused)
     for module, name in names.items():
@@ -75,9 +78,8 @@ def _calls(plans: list[Plan], names: dict[nn.Module, str], fused: bool) -> Itera
         if plan.block in inlined:  # its calls are its parent's
             continue
         children = dict(plan.block.named_modules(remove_duplicate=False))
-        calls = with_ends(
-            _current_calls(plan, fused), {maker: end for (block, maker), end in ends.items() if block is plan.block}
-        )
+        current = [now for call in _current_calls(plan, fused) for now in _as_called(plan.block, call)]
+        calls = with_ends(current, {maker: end for (block, maker), end in ends.items() if block is plan.block})
         paths = [call.module for call in calls if call.pattern != "print"]
         places = {path: iter(range(paths.count(path))) for path in paths}
         for call in calls:
@@ -86,12 +88,12 @@ def _calls(plans: list[Plan], names: dict[nn.Module, str], fused: bool) -> Itera
                 adding.remove(module)  # by the first of its calls
                 call = replace(call, pattern=f"add_{call.pattern}")
             place = 0 if call.pattern == "print" else next(places[call.module])
-            if call.partner:
-                partner = children[call.partner]
+            partner = children[call.partner] if call.partner else None
+            if partner is not None:
                 call = replace(call, reason=f"with {names.get(partner, call.partner)}")
             owner = children.get(call.module.rpartition(".")[0]) if call.module else None
             block = owner if owner in inlined else plan.block  # who calls it in the original forward
-            yield Entry(names.get(module, call.module), call, module, block, place, paths.count(call.module))
+            yield Entry(names.get(module, call.module), call, module, block, place, paths.count(call.module), partner)
 
 
 def _calls_not_found(plans: list[Plan], names: dict[nn.Module, str], found: set[nn.Module]) -> Iterator[Entry]:
@@ -152,7 +154,7 @@ def _current_calls(plan: Plan, fused: bool) -> tuple[Call, ...]:
     if not fused:
         return plan.calls
     if isinstance(block, FusedBlock) and is_intact(block):
-        return tuple(_as_called(block, call) for call in block._fusedres_code.calls)
+        return block._fusedres_code.calls
     why = "a module or an attribute has changed since" if isinstance(block, FusedBlock) else "its block was left alone"
     return tuple(
         call if call.pattern in ("bn", "ln") or _is_own(plan, call) else Call(call.module, unfused(call), why)
@@ -161,13 +163,20 @@ def _current_calls(plan: Plan, fused: bool) -> tuple[Call, ...]:
     )
 
 
-def _as_called(block: nn.Module, call: Call) -> Call:
-    """``call`` as it is now: timm's norms look at their own parts each time."""
+def _as_called(block: nn.Module, call: Call) -> list[Call]:
+    """``call`` as it is now: timm's norms look at their own parts each time, ranks share those of a layer alone."""
     module = block.get_submodule(call.module)
-    if not is_timms(module) or call.pattern not in ("bn", "bn_act"):
-        return call
-    pattern, reason = foreign_pattern(module)
-    return call if pattern == call.pattern else replace(call, pattern=pattern, reason=reason)
+    if is_timms(module) and call.pattern in ("bn", "bn_act"):
+        pattern, reason = foreign_pattern(module)
+        return [call if pattern == call.pattern else replace(call, pattern=pattern, reason=reason)]
+    if not any(
+        isinstance(norm, SyncBatchNormAct) for norm in (module, block.get_submodule(call.partner or call.module))
+    ):
+        return [call]
+    if call.partner:
+        return [Call(call.module, call.pattern.replace("_bn", "", 1)), Call(call.partner, "bn")]
+    pattern = call.pattern.removesuffix("_maxpool")
+    return [replace(call, pattern=pattern, recomputes=False, reason="" if call.recomputes else call.reason)]
 
 
 def _current_chains(plans: list[Plan], fused: bool) -> dict[nn.Module, Chain]:

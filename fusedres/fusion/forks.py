@@ -127,7 +127,7 @@ class _Forker:
             if not self._gives(node):
                 continue
             readers = self.values.readers(node)
-            if self._pools(node) and len(node.users) == 1 and self._is_average(readers[0], node):
+            if self._pools(node) and len(readers) == len(node.users) == 1 and self._is_average(readers[0], node):
                 self.ends[node] = POOL
             elif self._is_forked(node):
                 self.ends[node] = FORK

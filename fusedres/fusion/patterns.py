@@ -126,7 +126,13 @@ class _BatchNormRewriter(Rewriter):
             return self.graph.get_attr(str(call.target))
 
     def _is_conv(self, node: fx.Node) -> bool:
-        return is_standard(self.values.module(node), nn.Conv2d) and len(node.args) == 1 and not node.kwargs
+        conv = self.values.module(node)
+        if not is_standard(conv, nn.Conv2d) or len(node.args) != 1 or node.kwargs:
+            return False
+        assert isinstance(conv, nn.Conv2d)
+        extents = zip(conv.dilation, conv.kernel_size, strict=True)
+        uneven = conv.padding == "same" and any(step * (size - 1) % 2 for step, size in extents)
+        return conv.padding_mode == "zeros" and not uneven  # others read a padded copy
 
     def _fold_own(self, norm: fx.Node, module: BatchNormAct2d) -> Call:
         """A BatchNormAct2d that its model calls with a residual or an activation already."""

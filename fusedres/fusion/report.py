@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.functional import layer_norm_refusal, path_for, refusal, slower_than_eager, standing
+from fusedres.functional import layer_norm_refusal, path_for, pool_refusal, refusal, slower_than_eager, standing
 from fusedres.fusion.entries import Entry, find_entries, unfused
 from fusedres.fusion.foreign import TakenNorm
 from fusedres.fusion.plan import sealed, swap_refusal
 from fusedres.fusion.rewriting import Call
-from fusedres.fusion.savings import bytes_saved
+from fusedres.fusion.savings import bytes_saved, window
 from fusedres.fusion.shapes import Input, Sizes, measure
 from fusedres.nn import BatchNormAct2d
 
@@ -167,7 +167,7 @@ def _row(entry: Entry) -> dict[str, Any]:
     pattern = call.pattern
     if call.pattern != "print":
         left_alone = entry.left_alone or _row_refusal(call, module, entry.fused)
-        refused = _kernel_refusal(module, entry.block) if left_alone is None else None
+        refused = _kernel_refusal(call, module, entry.block) if left_alone is None else None
         pattern = pattern if left_alone is None else unfused(call)
         path = "eager" if left_alone is not None else path_for(refused)
         forks = "the gradients of its readers are added in its backward" if call.forks and path != "eager" else None
@@ -195,11 +195,14 @@ def _is_derived(module: nn.Module) -> bool:
     return ours and "forward" not in vars(module) and sealed(module) is None
 
 
-def _kernel_refusal(module: nn.Module, block: nn.Module) -> str | None:
+def _kernel_refusal(call: Call, module: nn.Module, block: nn.Module) -> str | None:
     """Why the reference runs in place of a kernel, as far as that is known without an input."""
     reason = refusal(*_device_and_dtype(module, block))
     if reason is None and isinstance(module, nn.LayerNorm):
         return layer_norm_refusal(module.normalized_shape[-1])
+    if reason is None and call.window is not None and call.pattern.endswith("_maxpool"):
+        kernel, _, _, dilation, ceil_mode = window(call)
+        return pool_refusal(kernel, dilation, ceil_mode)
     return reason
 
 

@@ -11,10 +11,12 @@ the chip they need fewer, which is not counted here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.modules.utils import _pair
 
-from fusedres.functional import KERNEL_DTYPES, layer_norm_refusal, multiplies_itself
+from fusedres.functional import KERNEL_DTYPES, layer_norm_refusal, multiplies_itself, pool_refusal
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.shapes import Seen
 
@@ -63,15 +65,21 @@ def bytes_saved(call: Call, seen: Seen, training: bool, device: torch.device) ->
     return None if elements is None else elements * seen.dtype.itemsize
 
 
-def _pooled_bytes(call: Call, seen: Seen, training: bool) -> int | None:
-    """Of BatchNorm, ReLU and maximum pooling; 0 where the reference runs."""
+def window(call: Call) -> tuple[Any, ...]:
+    """That of a maximum pooling, with pairs of rows and columns."""
     assert call.window is not None
     kernel, stride, padding, dilation, ceil_mode = call.window
-    sizes = [_pair(size) for size in (kernel, stride or kernel, padding, dilation)]
-    if ceil_mode or sizes[3] != (1, 1) or len(seen.shape) != 4:
+    sizes = (kernel, kernel if stride is None else stride, padding, dilation)
+    return *((_pair(size) * 2)[:2] for size in sizes), ceil_mode
+
+
+def _pooled_bytes(call: Call, seen: Seen, training: bool) -> int | None:
+    """Of BatchNorm, ReLU and maximum pooling; 0 where the reference runs."""
+    kernel, stride, padding, dilation, ceil_mode = window(call)
+    if pool_refusal(kernel, dilation, ceil_mode) or len(seen.shape) != 4:
         return 0
     outputs = seen.shape[0] * seen.shape[1]
-    for length, k, s, p in zip(seen.shape[2:], *sizes[:3], strict=True):
+    for length, k, s, p in zip(seen.shape[2:], kernel, stride, padding, strict=True):
         outputs *= (length + 2 * p - k) // s + 1
     x, y, places = seen.elements * seen.dtype.itemsize, outputs * seen.dtype.itemsize, 8 * outputs
     if not training:

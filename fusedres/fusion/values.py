@@ -112,7 +112,9 @@ class Values:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if node.target is print_function or any(word in name for word in (*_RANDOM, "assert")):
             return False
-        return node.op == "call_function" or name not in ("backward", "register_hook", "retain_grad")
+        if node.op == "call_function":  # those of torch.autograd see or write gradients
+            return not str(getattr(node.target, "__module__", "")).startswith("torch.autograd")
+        return name not in ("backward", "register_hook", "retain_grad")
 
     def mutates(self, node: fx.Node) -> bool:
         """Whether ``node`` may change one of its inputs in place."""

@@ -17,6 +17,9 @@ _library = torch.library.Library("fusedres", "FRAGMENT")
 # Masks and products are laid out like their inputs, so a compiler must not change the strides in between.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
+_VMAP = torch._C._dispatch_key_parse("VmapMode")  # that of batched gradients, which are no torch.func transform
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _VALUES = frozenset((type(None), bool, int, float, str, torch.dtype, tuple, list))  # sequences of numbers
 
@@ -93,6 +96,7 @@ def _unobserved(args: tuple[Any, ...]) -> bool:
         torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._are_functorch_transforms_active()
+        or _is_included(_VMAP)
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled  # pyright: ignore[reportPrivateImportUsage]
     ):

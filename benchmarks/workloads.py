@@ -261,12 +261,13 @@ def norm_layer(
 ) -> Workload:
     """A layer of ``NORM_LAYERS`` on activations (N, channels, height, width)."""
     sample = (channels, height, width)
+    pooled = {"maxpool": (channels, (height + 1) // 2, (width + 1) // 2), "avgpool": (channels, 1, 1)}
     activation = channels * height * width * DTYPES[dtype].itemsize
     cost = {mode: Cost(bytes=passes * activation) for mode, passes in PASSES[kind].items()}
     return Workload(
-        f"{kind} {channels}x{height}x{width}", partial(NORM_LAYERS[kind], channels), dtype, batches, sample, sample,
-        inputs=2 if "add" in kind else 1, layer=True, weights="float32", channels_last=True, compiled=compiled,
-        cost=cost,
+        f"{kind} {channels}x{height}x{width}", partial(NORM_LAYERS[kind], channels), dtype, batches, sample,
+        pooled.get(kind.rpartition("+")[2], sample), inputs=2 if "add" in kind else 1, layer=True, weights="float32",
+        channels_last=True, compiled=compiled, cost=cost,
     )  # fmt: skip
 
 

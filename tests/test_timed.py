@@ -278,7 +278,10 @@ def test_every_batch_norm_shape_is_there():
         assert {("bn", channels, side, side), ("bn+add+relu", channels, side, side)} < shapes
     for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
         assert {("bn+relu", channels, side, side), ("bn+add+relu", channels, side, side)} < shapes
-    assert len(shapes) == 23
+    for channels, side in ((256, 56), (512, 28), (1024, 14), (2048, 7), (128, 28), (256, 14), (512, 7)):
+        assert ("bn+add+bn+relu", channels, side, side) in shapes
+    assert {("bn+relu+maxpool", 64, 112, 112), ("bn+add+relu+avgpool", 2048, 7, 7)} < shapes
+    assert len(shapes) == 23 + 7 + 1 + 2
 
 
 def test_providers_on_devices():

@@ -9,6 +9,8 @@ element that is the maximum, or CLOSED where the ReLU let nothing through.
 # (the device language only looks like Python)
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -125,7 +127,7 @@ def _batch_norm_pool_fwd_kernel(
             tl.store(winner_ptr + offsets_o, winner.to(tl.uint8), mask=mask)
 
 
-def constants(view: Planes) -> dict[str, object]:
+def constants(view: Planes) -> dict[str, Any]:
     """What all kernels are compiled for.
 
     Large windows are walked through row by row: unrolled they take long to compile. In NCHW neighbours in a row are a

@@ -205,7 +205,8 @@ def batch_norm_pool_bwd_reduce(
     and x unless nothing but dx is wanted; one launch.
     """
     view = planes(x, window)
-    config = tiling.pool_reduction(view.cells, x.itemsize, num_sms(x.device))
+    shared = constants(view)
+    config = tiling.pool_reduction(view.cells, x.itemsize, num_sms(x.device), shared["UNROLL"])
     sums = means is not None or out.weight is not None or out.bias is not None
     partials = x.new_empty((2, config.programs, view.C), dtype=torch.float32) if sums else None
     with on_device(x.device):
@@ -213,7 +214,7 @@ def batch_norm_pool_bwd_reduce(
             dy, grad_fork, winner, x, stats, counters(x.device) if sums else None, partials, means, out.weight,
             out.bias, out.x,
             *view[:4],
-            SUMS=sums, **constants(view),
+            SUMS=sums, **shared,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,
         )  # fmt: skip
 

@@ -111,12 +111,13 @@ def _pool_tile(view: Rows, itemsize: int) -> tuple[int, int, int]:
 
     A thread has 16 bytes of every operand, for each element of a window; where accesses are narrower, two elements. In
     NCHW these are of two channels, which share the addresses' arithmetic, and the threads of a warp have neighbours.
+    With 8 warps ptxas was seen to spill for sm_100.
     """
     wide = view.channels_last and view.align * itemsize >= 16
     each = 16 // itemsize if wide else 2
     block_c = _block_c(view, 64 // itemsize if view.channels_last else 2)
-    block_m = max(8, min(256 * each // block_c, next_power_of_2(view.M)))
-    return block_m, block_c, max(1, min(8, block_m * block_c // (32 * each)))
+    block_m = max(8, min(128 * each // block_c, next_power_of_2(view.M)))
+    return block_m, block_c, max(1, min(4, block_m * block_c // (32 * each)))
 
 
 @functools.lru_cache(SHAPES)
@@ -126,9 +127,14 @@ def pool_elementwise(view: Rows, itemsize: int) -> Tiling:
 
 
 @functools.lru_cache(SHAPES)
-def pool_reduction(view: Rows, itemsize: int, num_sms: int) -> Tiling:
-    """For the reduction of the pooling backward, over cells."""
-    return _dealt(view, *_pool_tile(view, itemsize), num_sms)
+def pool_reduction(view: Rows, itemsize: int, num_sms: int, unrolled: bool) -> Tiling:
+    """For the reduction of the pooling backward, over cells.
+
+    A thread has 8 elements of 32 bits too where a window is walked through: with 4 ptxas was seen to spill for sm_90.
+    """
+    block_m, block_c, num_warps = _pool_tile(view, itemsize)
+    wide = itemsize == 4 and not unrolled
+    return _dealt(view, 2 * block_m if wide else block_m, block_c, num_warps, num_sms)
 
 
 @functools.lru_cache(SHAPES)

@@ -30,6 +30,11 @@ def group(tmp_path):
     dist.destroy_process_group()
 
 
+def joins(model: nn.Module) -> int:
+    """Blocks whose addition and ReLU are fused with what is in front of them."""
+    return sum(count for pattern, count in counts(model).items() if "add" in pattern and "act" in pattern)
+
+
 @pytest.mark.parametrize("wrapped_first", [True, False])
 def test_ddp(group, wrapped_first):
     model, x = small(), images()
@@ -37,7 +42,7 @@ def test_ddp(group, wrapped_first):
     wrapped = fusedres.fuse(DistributedDataParallel(model)) if wrapped_first else DistributedDataParallel(
         fusedres.fuse(model)
     )  # fmt: skip
-    assert counts(wrapped)["bn_add_act"] == 5
+    assert joins(wrapped) == 5
     for training in (True, False):
         cotangent = torch.randn(2, 5, dtype=torch.float64)
         for candidate in (wrapped, reference):
@@ -57,7 +62,7 @@ def test_fsdp(group):
         if isinstance(block, models.Bottleneck):
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert counts(model)["bn_add_act"] == 5
+    assert joins(model) == 5
     cotangent = torch.randn(2, 5, dtype=torch.float64)
     for candidate in (model, reference):
         candidate(x).backward(cotangent)
@@ -69,12 +74,13 @@ def test_fsdp(group):
         block = candidate.get_submodule("layer1.0")
         block.register_module("relu", nn.GELU())
     torch.testing.assert_close(model(x), reference(x), **TOLERANCE)
-    assert counts(model)["bn_add_act"] == 4
+    assert joins(model) == 4
     torch.testing.assert_close(fusedres.unfuse(model)(x), reference(x), **TOLERANCE)
 
 
 def test_predicted_bytes_of_wrapped_models(group):
     model, shape = fusedres.fuse(small().float()), tuple(images().shape)
+    plain = copy.deepcopy(model)
     expected = fusedres.explain(model, input=shape)
     assert expected.bytes_saved > 0
     wrapped = fusedres.explain(DistributedDataParallel(copy.deepcopy(model)), input=shape)
@@ -84,7 +90,9 @@ def test_predicted_bytes_of_wrapped_models(group):
         if isinstance(block, models.Bottleneck):
             fully_shard(block, mesh=mesh)
     sharded = fusedres.explain(fully_shard(model, mesh=mesh), input=shape)
-    assert [row["bytes_saved"] for row in sharded.rows] == [row["bytes_saved"] for row in expected.rows]
+    # FSDP looks at the tensors between its blocks: they have one name, and none is averaged before it is there.
+    apart = fusedres.explain(fusedres.fuse(fusedres.unfuse(plain), disable={"fork", "head"}), input=shape)
+    assert [row["bytes_saved"] for row in sharded.rows] == [row["bytes_saved"] for row in apart.rows]
 
 
 def assert_same_gradients(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> None:

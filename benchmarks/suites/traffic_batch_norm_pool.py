@@ -18,7 +18,7 @@ from fusedres import functional
 
 DTYPE = torch.bfloat16
 WORKLOAD = "batch_norm_act_max_pool2d"
-SHAPES = ((1, 8, 112, 112), (2, 24, 23, 21))  # the planes of a ResNet's stem, and odd ones
+SHAPES = ((1, 16, 112, 112), (2, 24, 23, 21))  # the planes of a ResNet's stem, and odd ones
 LAYOUTS = ("channels-last", "NCHW")
 LAUNCHES = {"forward": 2, "backward": 2, "eval": 1}
 MARGIN = 0.05

@@ -46,8 +46,8 @@ def find_entries(model: nn.Module) -> Iterator[Entry]:
     """All of ``model``, in the order of its blocks; what is in compiled, scripted or generated ones comes last."""
     fused = any(isinstance(module, FusedBlock) or is_taken(module) for _, module in walk(model))
     names = {module: name for name, module in walk(model)}
-    # What a fused block does is in its code; one that fuse left alone calls layers. LayerNorms beside a Linear are found
-    # with that, as long as the pair is looked for.
+    # What a fused block does is in its code; one that fuse left alone calls layers. LayerNorms are found with a Linear
+    # beside them.
     options = Options(FUSIONS - {"linear"}) if fused else Options()
     plans = [plan for plan in make_plans(model, options=options) if sealed(plan.block) is None]
     found = [*_calls(plans, names, fused)]

@@ -317,7 +317,7 @@ def layer_norm_linear(
         block_m //= 2
     while block_n > 32 and cdiv(M, block_m) * cdiv(N, block_n) < num_sms:
         block_n //= 2
-    block_k = max(16, min((128 if wide else 64) // itemsize, next_power_of_2(K)))
+    block_k = max(16, min((128 if wide else 64) // max(itemsize, weight_itemsize), next_power_of_2(K)))
     return GemmTiling(block_m, block_n, block_k, max(4, min(8, block_m * block_n // (2048 if wide else 256))), 3)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fusedres.kernels import tiling
@@ -136,6 +136,7 @@ def test_rows(M, N, itemsize, warp_size, backward):
 @given(
     st.integers(1, 1 << 31), st.integers(1, 8192), st.integers(1, 8192), itemsizes, itemsizes, st.booleans()
 )  # fmt: skip
+@example(M=8321, N=129, K=44, itemsize=2, weight_itemsize=4, tensor_cores=True)  # a wide weight, a narrow x
 def test_products(M, N, K, itemsize, weight_itemsize, tensor_cores):
     config = tiling.layer_norm_linear(M, N, K, itemsize, weight_itemsize, tensor_cores, 132)
     assert min(config.block_m, config.block_n, config.block_k) >= 16  # the least that tl.dot takes

@@ -13,7 +13,14 @@ import torch
 import torch.utils.deterministic
 
 from fusedres import functional
-from fusedres.functional import add_batch_norm_act, batch_norm_act, batch_norm_act_global_avg_pool2d
+from fusedres.functional import (
+    BatchNormState,
+    add_batch_norm_act,
+    batch_norm_act,
+    batch_norm_act_global_avg_pool2d,
+    forked_batch_norm_act_max_pool2d,
+    forked_batch_norm_add_batch_norm_act,
+)
 from tests.oracle import LINEAR_LN, LN_LINEAR, linear_inputs, run_linear
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -52,6 +59,28 @@ def batch_norm(shape: tuple[int, ...], channels_last: bool, training: bool) -> C
                 outputs = add_batch_norm_act(x, other, mean, var, weight, None, training, act="relu")
                 torch.autograd.backward(outputs, [torch.randn_like(out)] * 2)
                 assert x.grad.isfinite().all() and other.grad.isfinite().all()
+
+    return case
+
+
+def forked(shape: tuple[int, ...], channels_last: bool, training: bool) -> Case:
+    """Stems and joins, whose outputs have two readers."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+
+    def case(device: torch.device) -> None:
+        for dtype in (torch.bfloat16, torch.float32):
+            x, other = (
+                torch.randn(shape).to(device, dtype).contiguous(memory_format=form).requires_grad_() for _ in range(2)
+            )
+            norms = [
+                BatchNormState(*(torch.ones(shape[1], device=device) for _ in range(3)), training=training)
+                for _ in range(2)
+            ]
+            norms[0].weight.requires_grad_()
+            joined = forked_batch_norm_add_batch_norm_act(x, other, *norms, act="relu")
+            outputs = [*joined, *forked_batch_norm_act_max_pool2d(x, norms[0])]
+            torch.autograd.backward(outputs, [torch.randn_like(out) for out in outputs])
+            assert all(out.isfinite().all() for out in outputs) and x.grad.isfinite().all()
 
     return case
 
@@ -106,6 +135,11 @@ CASES = {
             shape, last, mode == "training"
         )
         for shape, last in LAYERS
+        for mode in ("training", "inference")
+    },
+    **{
+        f"stem and join {shape}, {'channels-last' if last else 'NCHW'}, {mode}": forked(shape, last, mode == "training")
+        for shape, last in (((3, 20, 5, 3), True), ((5, 3, 33, 17), False))
         for mode in ("training", "inference")
     },
     **{

@@ -249,8 +249,10 @@ def test_what_else_a_norm_does_is_not_lost():
 
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_fused_as_before(way):
-    assert counts(way("small")) == counts(fusedres.fuse(build("small")))
-    assert counts(way("preact")) == counts(fusedres.fuse(build("preact")))
+    """But for what takes two BatchNorms, or their output and a pooling."""
+    apart = {"stem", "join", "fork", "head"}
+    assert counts(way("small")) == counts(fusedres.fuse(build("small"), disable=apart))
+    assert counts(way("preact")) == counts(fusedres.fuse(build("preact"), disable=apart))
     assert counts(fusedres.fuse(way("small"))) == counts(way("small"))
 
 

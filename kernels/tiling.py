@@ -111,13 +111,13 @@ def _pool_tile(view: Rows, itemsize: int) -> tuple[int, int, int]:
 
     A thread has 16 bytes of every operand, for each element of a window; where accesses are narrower, two elements. In
     NCHW these are of two channels, which share the addresses' arithmetic, and the threads of a warp have neighbours.
-    With 8 warps ptxas was seen to spill for sm_100.
+    With 8 warps ptxas was seen to spill for sm_100 there.
     """
     wide = view.channels_last and view.align * itemsize >= 16
-    each = 16 // itemsize if wide else 2
+    each, threads = (16 // itemsize, 256) if wide else (2, 128)
     block_c = _block_c(view, 64 // itemsize if view.channels_last else 2)
-    block_m = max(8, min(128 * each // block_c, next_power_of_2(view.M)))
-    return block_m, block_c, max(1, min(4, block_m * block_c // (32 * each)))
+    block_m = max(8, min(threads * each // block_c, next_power_of_2(view.M)))
+    return block_m, block_c, max(1, min(threads // 32, block_m * block_c // (32 * each)))
 
 
 @functools.lru_cache(SHAPES)

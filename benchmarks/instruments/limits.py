@@ -18,7 +18,7 @@ BITS = {"*fp32": 32, "*bf16": 16, "*fp16": 16, "*u8": 0}  # of an element; none 
 # 1,024 threads a multiprocessor of 65,536 registers: enough loads in flight to cover memory's latency.
 REGISTERS = 128
 # Of the bytes in flight that full bandwidth needs. Tiles are chosen for an H100; an sm_100 needs more than twice its.
-IN_FLIGHT = {"sm_100": 0.5}
+IN_FLIGHT = {"sm_100": 0.45}
 ESTIMATE = 0.97  # datasheets and latencies are no better known
 
 

@@ -85,7 +85,7 @@ def _activation_tile(
 
 @triton.jit
 def _store_averages(
-    y, pooled_ptr, n0, offs_c, N, C, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+    y, pooled_ptr, n0, c0, N, C, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """Σ over the pixels of y [BLOCK_N · BLOCK_S, BLOCK_C], over S, rounded once."""
     if BLOCK_S > 128:  # in groups, as in _sum_rows
@@ -93,10 +93,9 @@ def _store_averages(
         total = tl.sum(tl.reshape(tl.sum(groups, axis=1), [BLOCK_N, BLOCK_S // 16, BLOCK_C]), axis=1)
     else:
         total = tl.sum(tl.reshape(y, [BLOCK_N, BLOCK_S, BLOCK_C]), axis=1)
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
+    base, offsets, mask = _image_offsets(n0, 0, c0, N, C, 1, BLOCK_N, 1, BLOCK_C, True)
     average = (total / S.to(tl.float32)).to(pooled_ptr.dtype.element_ty)
-    tl.store(pooled_ptr + offs_n[:, None] * C + offs_c[None, :], average, mask=mask)
+    tl.store(pooled_ptr + base + offsets, average, mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S"])
@@ -134,7 +133,7 @@ def _batch_norm_head_fwd_apply_kernel(
                 x - mean[None, :], scale, shift, residual_ptr, saved_ptr, base, offsets, mask, n0, s0, c0, N, C, S,
                 pooled_ptr.dtype.element_ty, RELU, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
             )  # fmt: skip
-        _store_averages(y, pooled_ptr, n0, offs_c, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C)
+        _store_averages(y, pooled_ptr, n0, c0, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["N", "C", "S"])
@@ -164,7 +163,7 @@ def _batch_norm_head_fwd_on_chip_kernel(
         x - mean[None, :], scale, shift, residual_ptr, saved_ptr, base, offsets, mask, n0, 0, c0, N, C, S,
         pooled_ptr.dtype.element_ty, RELU, CHANNELS_LAST, BLOCK_N, BLOCK_S, BLOCK_C,
     )  # fmt: skip
-    _store_averages(y, pooled_ptr, n0, offs_c, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C)
+    _store_averages(y, pooled_ptr, n0, c0, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C)
 
 
 def batch_norm_head_fwd_apply(

@@ -24,11 +24,10 @@ from fusedres.kernels.workspace import counters, num_sms, on_device
 
 
 @triton.jit
-def _average_gradient(dpooled_ptr, n0, offs_c, N, C, S, BLOCK_N: tl.constexpr):
+def _average_gradient(dpooled_ptr, n0, c0, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """dy / S [BLOCK_N, BLOCK_C]: what every pixel of an image is handed."""
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask = (offs_n < N)[:, None] & (offs_c < C)[None, :]
-    dy = tl.load(dpooled_ptr + offs_n[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    base, offsets, mask = _image_offsets(n0, 0, c0, N, C, 1, BLOCK_N, 1, BLOCK_C, True)
+    dy = tl.load(dpooled_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
     return dy / S.to(tl.float32)
 
 
@@ -86,7 +85,7 @@ def _batch_norm_head_bwd_reduce_kernel(
     for tile in range(tl.program_id(1), tl.cdiv(N, BLOCK_N) * pixel_tiles, tl.num_programs(1)):
         n0, s0 = (tile // pixel_tiles).to(tl.int64) * BLOCK_N, tile % pixel_tiles * BLOCK_S
         base, offsets, mask = _image_offsets(n0, s0, c0, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C, CHANNELS_LAST)
-        dy = _average_gradient(dpooled_ptr, n0, offs_c, N, C, S, BLOCK_N)
+        dy = _average_gradient(dpooled_ptr, n0, c0, N, C, S, BLOCK_N, BLOCK_C)
         x_centred = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], dtype=tl.float32)
         if RELU and mask_ptr is None:
             x_centred = _centred_tile(x_ptr, mean, base, offsets, mask)
@@ -134,7 +133,7 @@ def _batch_norm_head_bwd_apply_kernel(
     first = pid_n * (TILES * BLOCK_N)
     for n in range(first, tl.minimum(first + TILES * BLOCK_N, N), BLOCK_N):
         n0 = tl.full([], 0, dtype=tl.int64) + n
-        dy = _average_gradient(dpooled_ptr, n0, offs_c, N, C, S, BLOCK_N)
+        dy = _average_gradient(dpooled_ptr, n0, c0, N, C, S, BLOCK_N, BLOCK_C)
         for s0 in range(0, S, BLOCK_S):
             base, offsets, mask = _image_offsets(n0, s0, c0, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C, CHANNELS_LAST)
             x_centred = _centred_tile(x_ptr, mean, base, offsets, mask)
@@ -164,7 +163,7 @@ def _batch_norm_head_bwd_on_chip_kernel(
 
     n0 = tl.full([], 0, dtype=tl.int64)
     base, offsets, mask = _image_offsets(n0, 0, c0, N, C, S, BLOCK_N, BLOCK_S, BLOCK_C, CHANNELS_LAST)
-    dy = _average_gradient(dpooled_ptr, n0, offs_c, N, C, S, BLOCK_N)
+    dy = _average_gradient(dpooled_ptr, n0, c0, N, C, S, BLOCK_N, BLOCK_C)
     x_centred = _centred_tile(x_ptr, mean, base, offsets, mask)
     g = _head_gradient_tile(
         dy, x_centred, mask_ptr, scale, shift, mask, n0, 0, c0, N, C, S,

@@ -190,7 +190,8 @@ def _image_tile(view: Rows, itemsize: int) -> tuple[int, int, int, int]:
     """(block_n, block_s, block_c, num_warps): up to 64 pixels in channels-last, else up to 1024.
 
     Images share a tile only where they are much smaller than it: addresses that jump from one to the next take
-    registers. A thread has up to 16 elements, as there is little else to load; more warps had too few registers.
+    registers. A thread has up to 16 elements of 16 bits, as there is little else to load; more warps had too few
+    registers, and 16 elements of 32 bits spilled.
     """
     elements = TILE_ELEMENTS // _thinning(view, itemsize)
     pixels = max(8, next_power_of_2(view.S))
@@ -202,7 +203,8 @@ def _image_tile(view: Rows, itemsize: int) -> tuple[int, int, int, int]:
         block_c = _block_c(view, max(1, elements // max(128, block_s)))
     block_n = max(1, min(64, elements // block_c) // block_s)
     block_n = min(block_n, next_power_of_2(view.images))
-    return block_n, block_s, block_c, min(4, _num_warps(view, itemsize, block_n * block_s * block_c))
+    most = 4 if itemsize == 2 else 8
+    return block_n, block_s, block_c, min(most, _num_warps(view, itemsize, block_n * block_s * block_c))
 
 
 def images(view: Rows, itemsize: int) -> ImageTiling:
@@ -217,8 +219,12 @@ def images(view: Rows, itemsize: int) -> ImageTiling:
 
 
 def image_reduction(view: Rows, itemsize: int, num_sms: int) -> ImageTiling:
-    """For the backward reduction of the head: a few programs for every multiprocessor."""
+    """For the backward reduction of the head: a few programs for every multiprocessor.
+
+    A thread has at least 8 elements: with 4, where accesses are narrow, too little was in flight.
+    """
     block_n, block_s, block_c, num_warps = _image_tile(view, itemsize)
+    num_warps = min(num_warps, max(1, block_n * block_s * block_c // 256))
     channel_tiles = cdiv(view.C, block_c)
     wanted = max(1, num_sms * PROGRAMS_PER_SM // channel_tiles)
     programs = max(1, min(wanted, view.M // max(2 * MIN_ROWS, block_n * block_s)))

@@ -18,8 +18,7 @@ BITS = {"*fp32": 32, "*bf16": 16, "*fp16": 16, "*u8": 0}  # of an element; none 
 # 1,024 threads a multiprocessor of 65,536 registers: enough loads in flight to cover memory's latency.
 REGISTERS = 128
 # Of the bytes in flight that full bandwidth needs. Tiles are chosen for an H100; an sm_100 needs more than twice its.
-IN_FLIGHT = {"sm_100": 0.45}
-ESTIMATE = 0.97  # datasheets and latencies are no better known
+IN_FLIGHT = {"sm_100": 0.5}
 
 
 def complaints(launch: Launch, arch: str, code: Code) -> list[str]:
@@ -79,14 +78,11 @@ def _in_flight(launch: Launch, arch: str, code: Code) -> list[str]:
     """Loads asked for at once, where memory is what limits: all that full bandwidth needs, or ``IN_FLIGHT`` of it.
 
     Half as many where rows allow no wide access: a thread has fewer elements there, as each has an address of its own.
-    Nobody waits for stores: where more is written than read, the loads have the smaller part of the bandwidth.
     """
     device, first = BY_ARCH[arch], next(iter(launch.tensors.values()))
     there = device.resident(code.registers, code.shared_bytes, threads(launch, arch)) * code.load_bytes
     needed = device.needed_bytes * IN_FLIGHT.get(arch, 1.0) * (1 if _align(launch) * BITS[first] >= 128 else 0.5)
-    read, written = (len(names & launch.tensors.keys()) for names in ({*ACTIVATIONS}, {*OUTPUTS}))
-    needed *= min(1.0, 2 * read / max(1, read + written))
-    if launch.name in PRODUCTS or there >= ESTIMATE * needed:
+    if launch.name in PRODUCTS or there >= needed:
         return []
     return [f"{there} bytes in flight a multiprocessor, fewer than {needed:.0f}"]
 

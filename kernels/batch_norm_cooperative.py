@@ -40,9 +40,8 @@ def _await(counter_ptr, programs):
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_fwd_cooperative_kernel(
-    x_ptr, residual_ptr, counters_ptr, partials_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr,
-    running_var_ptr, num_batches_ptr, y_ptr, saved_ptr,
-    M, C, S, momentum,
+    x_ptr, residual_ptr, counters_ptr, partials_ptr, stats_ptr, norm, y_ptr, saved_ptr,
+    M, C, S,
     EPS: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -68,15 +67,14 @@ def _batch_norm_fwd_cooperative_kernel(
         tl.store(departures_ptr, 0)
 
     mean, var = _merge_partials(partials_ptr, offs_c, mask_c, M, C, programs, BLOCK_M, BLOCK_C, BLOCK_P)
-    scale, shift = _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, pid_m == 0, C, EPS)
+    scale, shift = _affine(mean, var, norm[0], norm[1], stats_ptr, offs_c, mask_c, pid_m == 0, C, EPS)
     _finish_tile(
         x - mean[None, :], scale, shift, residual_ptr, y_ptr, saved_ptr, base, offsets, mask, row0, offs_c, M, C,
         ADD, RELU, CHANNELS_LAST, BLOCK_M, BLOCK_C,
     )  # fmt: skip
     if pid_m == 0:
         _update_running(
-            mean, var, M, running_mean_ptr, running_var_ptr, num_batches_ptr, counters_ptr, tl.num_programs(0),
-            momentum, offs_c, mask_c,
+            mean, var, M, norm[2], norm[3], norm[4], counters_ptr, tl.num_programs(0), norm[5], offs_c, mask_c
         )  # fmt: skip
 
 
@@ -111,9 +109,9 @@ def batch_norm_fwd_cooperative(
     block_p = 32 if wide else 16
     with on_device(x.device):
         _batch_norm_fwd_cooperative_kernel[config.channel_tiles, config.programs](
-            x, residual, counters(x.device), partials, stats, weight, bias, running_mean, running_var,
-            num_batches_tracked, y, mask if save_mask else s,
-            view.M, view.C, view.S, momentum,
+            x, residual, counters(x.device), partials, stats,
+            (weight, bias, running_mean, running_var, num_batches_tracked, momentum), y, mask if save_mask else s,
+            view.M, view.C, view.S,
             EPS=eps, ADD=s is not None, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=block_p, num_warps=config.num_warps,
             launch_cooperative_grid=True, **_BOUND,

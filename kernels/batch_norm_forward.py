@@ -119,6 +119,16 @@ def _merge_partials(
     return _moments(count, mean, m2)
 
 
+@triton.jit
+def _origin(x_ptr, residual_ptr, offs_c, mask_c, S, CHANNELS_LAST: tl.constexpr):
+    """The first value of every channel: moments of differences to it are not rounded like a mean far larger."""
+    offsets = offs_c.to(tl.int64) * (1 if CHANNELS_LAST else S)
+    origin = tl.load(x_ptr + offsets, mask=mask_c, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        origin += tl.load(residual_ptr + offsets, mask=mask_c, other=0.0).to(tl.float32)
+    return origin
+
+
 @triton.jit(do_not_specialize=["M", "C", "S"])
 def _batch_norm_fwd_stats_kernel(
     x_ptr, residual_ptr, s_ptr, counters_ptr, partials_ptr, stats_ptr, weight_ptr, bias_ptr, running_mean_ptr,
@@ -133,6 +143,7 @@ def _batch_norm_fwd_stats_kernel(
     mask_c = offs_c < C
 
     # Moments of every (row of the tile, channel) on its own: no exchange between threads inside the loop.
+    origin = _origin(x_ptr, residual_ptr, offs_c, mask_c, S, CHANNELS_LAST)
     count = tl.zeros([BLOCK_M, 1], dtype=tl.float32)
     mean = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     m2 = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
@@ -142,13 +153,14 @@ def _batch_norm_fwd_stats_kernel(
         x = _load_sum(
             x_ptr, residual_ptr, s_ptr, base, offsets, mask_m & mask_c[None, :], residual_ptr is not None
         )  # fmt: skip
-        count, mean, m2 = _chan_merge(count, mean, m2, mask_m.to(tl.float32), x, 0.0)
+        count, mean, m2 = _chan_merge(count, mean, m2, mask_m.to(tl.float32), x - origin[None, :], 0.0)
     mean_c, var_c = _moments(count, mean, m2)
 
     tl.store(partials_ptr + pid_m * C + offs_c, mean_c, mask=mask_c)
     tl.store(partials_ptr + (programs + pid_m) * C + offs_c, var_c, mask=mask_c)
     if _arrive(counters_ptr + 1 + pid_c) == programs - 1:
         mean_c, var_c = _merge_partials(partials_ptr, offs_c, mask_c, M, C, programs, BLOCK_M, BLOCK_C, BLOCK_P)
+        mean_c += _origin(x_ptr, residual_ptr, offs_c, mask_c, S, CHANNELS_LAST)  # in registers no longer
         if MERGE:  # with the samples of other ranks, before anything is made of them
             rows = M.to(tl.float32)
             tl.store(stats_ptr + offs_c, mean_c, mask=mask_c)

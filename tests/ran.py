@@ -19,6 +19,23 @@ from fusedres.functional import BatchNormState
 Rows = Counter[tuple[str, str, str]]  # module, pattern, path
 
 
+def _ours(kwargs: dict[str, Any]) -> str:
+    return f"bn{'_add' * (kwargs.get('residual') is not None)}{'_act' * (kwargs.get('act') is not None)}"
+
+
+# How many arguments are activations, what the call is named, and its path.
+FUNCTIONS: dict[tuple[Any, str], tuple[int, Callable[[dict[str, Any]], str], str]] = {
+    (reference, "batch_norm_act"): (1, _ours, "reference"),
+    (reference, "add_batch_norm_act"): (2, lambda kwargs: f"add_{_ours(kwargs)}", "reference"),
+    (reference, "batch_norm_act_conv2d"): (1, _ours, "reference"),
+    (reference, "add_batch_norm_act_conv2d"): (2, lambda kwargs: f"add_{_ours(kwargs)}", "reference"),
+    (reference, "batch_norm_act_max_pool2d"): (1, lambda kwargs: f"{_ours(kwargs)}_maxpool", "reference"),
+    (reference, "batch_norm_act_global_avg_pool2d"): (1, lambda kwargs: f"{_ours(kwargs)}_avgpool", "reference"),
+    (reference, "batch_norm_add_batch_norm_act"): (2, lambda kwargs: f"bn_add_{_ours(kwargs)}", "reference"),
+    (F, "batch_norm"): (1, lambda kwargs: "bn", "eager"),
+}
+
+
 def said(model: nn.Module) -> Rows:
     """The rows of explain."""
     rows = fusedres.explain(model).rows
@@ -52,21 +69,8 @@ def ran(model: nn.Module) -> Iterator[Rows]:
 
         return record
 
-    def ours(kwargs: dict[str, Any]) -> str:
-        return f"bn{'_add' * (kwargs.get('residual') is not None)}{'_act' * (kwargs.get('act') is not None)}"
-
-    functions = {
-        (reference, "batch_norm_act"): (1, ours, "reference"),
-        (reference, "add_batch_norm_act"): (2, lambda kwargs: f"add_{ours(kwargs)}", "reference"),
-        (reference, "batch_norm_act_conv2d"): (1, ours, "reference"),
-        (reference, "add_batch_norm_act_conv2d"): (2, lambda kwargs: f"add_{ours(kwargs)}", "reference"),
-        (reference, "batch_norm_act_max_pool2d"): (1, lambda kwargs: f"{ours(kwargs)}_maxpool", "reference"),
-        (reference, "batch_norm_act_global_avg_pool2d"): (1, lambda kwargs: f"{ours(kwargs)}_avgpool", "reference"),
-        (reference, "batch_norm_add_batch_norm_act"): (2, lambda kwargs: f"bn_add_{ours(kwargs)}", "reference"),
-        (F, "batch_norm"): (1, lambda kwargs: "bn", "eager"),
-    }
     patches = [
-        mock.patch.object(owner, name, recorded(getattr(owner, name), *how)) for (owner, name), how in functions.items()
+        mock.patch.object(owner, name, recorded(getattr(owner, name), *how)) for (owner, name), how in FUNCTIONS.items()
     ]
     for patch in patches:
         patch.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fusedres import ops, reference
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
-from fusedres.functional.checks import BatchNormState, check_batch_norm, check_convolution, needs_grad
+from fusedres.functional.checks import BatchNormState, Geometry, check_batch_norm, check_convolution, needs_grad
 from fusedres.ops import autocast_dtypes, autocasts, use_kernels
 
 
@@ -59,10 +60,8 @@ def batch_norm_act_conv2d(
         RuntimeError: what :func:`torch.nn.functional.conv2d` refuses, in its words and before anything has been
             updated; or ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
     """
-    _check_images(input)
     norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    check_batch_norm(input, norm, None, act)
-    geometry = check_convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    geometry = _check(input, None, norm, act, conv_weight, conv_bias, stride, padding, dilation, groups)
     if geometry is None:  # PyTorch's own convolution pads a copy of its input
         out = batch_norm_act(input, *norm[:7], act=act, num_batches_tracked=num_batches_tracked)
         return F.conv2d(out, conv_weight, conv_bias, stride, padding, dilation, groups)  # pyright: ignore[reportArgumentType]
@@ -123,11 +122,8 @@ def add_batch_norm_act_conv2d(
         TypeError, ValueError, RuntimeError: as :func:`batch_norm_act_conv2d`, where ``input`` is the sum or a term of
             it.
     """
-    _check_images(input)
     norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    dtype = torch.promote_types(input.dtype, residual.dtype)
-    check_batch_norm(input, norm, residual, act, dtype=dtype)
-    geometry = check_convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups, dtype)
+    geometry = _check(input, residual, norm, act, conv_weight, conv_bias, stride, padding, dilation, groups)
     if geometry is None:  # PyTorch's own convolution pads a copy of its input
         s, out = add_batch_norm_act(input, residual, *norm[:7], act=act, num_batches_tracked=num_batches_tracked)
         return s, F.conv2d(out, conv_weight, conv_bias, stride, padding, dilation, groups)  # pyright: ignore[reportArgumentType]
@@ -148,9 +144,15 @@ def add_batch_norm_act_conv2d(
     )[:2]
 
 
-def _check_images(input: Tensor) -> None:
+def _check(
+    input: Tensor, residual: Tensor | None, norm: BatchNormState, act: str | None, *convolution: Any
+) -> Geometry | None:
+    """The geometry of the convolution, as :func:`check_convolution`, after all other checks."""
     if input.dim() != 4:
         raise ValueError(f"expected 4D input (got {input.dim()}D input)")
+    dtype = None if residual is None else torch.promote_types(input.dtype, residual.dtype)
+    check_batch_norm(input, norm, residual, act, dtype=dtype)
+    return check_convolution(input, *convolution, dtype=dtype)
 
 
 def _autocast(input: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -120,13 +120,27 @@ def _merge_partials(
 
 
 @triton.jit
-def _origin(x_ptr, residual_ptr, offs_c, mask_c, S, CHANNELS_LAST: tl.constexpr):
-    """The first value of every channel: moments of differences to it are not rounded like a mean far larger."""
-    offsets = offs_c.to(tl.int64) * (1 if CHANNELS_LAST else S)
-    origin = tl.load(x_ptr + offsets, mask=mask_c, other=0.0).to(tl.float32)
+def _value(x_ptr, residual_ptr, row, offs_c, mask_c, C, S, CHANNELS_LAST: tl.constexpr):
+    """x + residual [BLOCK_C] of one row."""
+    base, offsets = _tile_offsets(row, offs_c, C, S, 1, CHANNELS_LAST)
+    offsets = base + tl.reshape(offsets, [offs_c.shape[0]])
+    value = tl.load(x_ptr + offsets, mask=mask_c, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        origin += tl.load(residual_ptr + offsets, mask=mask_c, other=0.0).to(tl.float32)
-    return origin
+        value += tl.load(residual_ptr + offsets, mask=mask_c, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _origin(x_ptr, residual_ptr, offs_c, mask_c, M, C, S, CHANNELS_LAST: tl.constexpr):
+    """The first value of every channel, if another one is very like it; else 0.
+
+    Moments of differences to it are not rounded like a mean far larger than they are. Where the deviations are not far
+    smaller, differences to a value that is not the mean would only be rounded more.
+    """
+    row = tl.full([], 0, dtype=tl.int64)
+    first = _value(x_ptr, residual_ptr, row, offs_c, mask_c, C, S, CHANNELS_LAST)
+    second = _value(x_ptr, residual_ptr, row + M // 2, offs_c, mask_c, C, S, CHANNELS_LAST)
+    return tl.where(tl.abs(second - first) * 128 < tl.abs(first), first, 0.0)
 
 
 @triton.jit(do_not_specialize=["M", "C", "S"])
@@ -143,7 +157,7 @@ def _batch_norm_fwd_stats_kernel(
     mask_c = offs_c < C
 
     # Moments of every (row of the tile, channel) on its own: no exchange between threads inside the loop.
-    origin = _origin(x_ptr, residual_ptr, offs_c, mask_c, S, CHANNELS_LAST)
+    origin = _origin(x_ptr, residual_ptr, offs_c, mask_c, M, C, S, CHANNELS_LAST)
     count = tl.zeros([BLOCK_M, 1], dtype=tl.float32)
     mean = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
     m2 = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
@@ -160,7 +174,7 @@ def _batch_norm_fwd_stats_kernel(
     tl.store(partials_ptr + (programs + pid_m) * C + offs_c, var_c, mask=mask_c)
     if _arrive(counters_ptr + 1 + pid_c) == programs - 1:
         mean_c, var_c = _merge_partials(partials_ptr, offs_c, mask_c, M, C, programs, BLOCK_M, BLOCK_C, BLOCK_P)
-        mean_c += _origin(x_ptr, residual_ptr, offs_c, mask_c, S, CHANNELS_LAST)  # in registers no longer
+        mean_c += _origin(x_ptr, residual_ptr, offs_c, mask_c, M, C, S, CHANNELS_LAST)  # in no register until here
         if MERGE:  # with the samples of other ranks, before anything is made of them
             rows = M.to(tl.float32)
             tl.store(stats_ptr + offs_c, mean_c, mask=mask_c)
@@ -267,7 +281,7 @@ def batch_norm_fwd_stats(
 
     With ``residual`` the statistics are those of x + residual, rounded to the dtype of ``s``: reads both, fills ``s``.
     """
-    config = tiling.reduction(view, (x if s is None else s).itemsize, num_sms(x.device))
+    config = tiling.statistics(view, (x if s is None else s).itemsize, num_sms(x.device))
     stats = x.new_empty((4, view.C), dtype=torch.float32)
     partials = x.new_empty((2, config.programs, view.C), dtype=torch.float32)
     with on_device(x.device):

@@ -67,7 +67,7 @@ def moments(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     s = None if residual is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
     view = rows(x)
-    config = tiling.reduction(view, (x if s is None else s).itemsize, num_sms(x.device))
+    config = tiling.statistics(view, (x if s is None else s).itemsize, num_sms(x.device))
     message = x.new_empty(2 * view.C + 1, dtype=torch.float32)
     partials = x.new_empty((2, config.programs, view.C), dtype=torch.float32)
     with on_device(x.device):

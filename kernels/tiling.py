@@ -14,6 +14,7 @@ MIN_ROWS = 128  # rows a program handles at least, so that per-channel vectors s
 MANY_ROWS = 8192  # enough of them for programs of twice as many
 MAX_CHANNEL_TILES = 1023  # one arrival counter each, and one for the launch
 PROGRAMS_PER_SM = 4
+STATISTICS_PER_SM = 3  # of 80 registers a thread, in channels-last: all of them resident on an H100
 SHAPES = 4096  # whose configurations are kept: a network asks for the same few at every step
 
 
@@ -94,15 +95,24 @@ def _consecutive(view: Rows, block_m: int, block_c: int, num_warps: int) -> Tili
 
 @functools.lru_cache(SHAPES)
 def reduction(view: Rows, itemsize: int, num_sms: int, tensors: int = 1) -> Tiling:
-    """For the statistics and the backward reduction: a few programs for every multiprocessor."""
+    """For the backward reduction: a few programs for every multiprocessor."""
     block_m, block_c = _tile(view, itemsize, tensors)
-    return _dealt(view, block_m, block_c, _num_warps(view, itemsize, block_m * block_c, tensors), num_sms)
+    num_warps = _num_warps(view, itemsize, block_m * block_c, tensors)
+    return _dealt(view, block_m, block_c, num_warps, num_sms * PROGRAMS_PER_SM)
 
 
-def _dealt(view: Rows, block_m: int, block_c: int, num_warps: int, num_sms: int) -> Tiling:
+@functools.lru_cache(SHAPES)
+def statistics(view: Rows, itemsize: int, num_sms: int) -> Tiling:
+    """For the moments of the batch: likewise, but no more where a thread holds several channels than are resident."""
+    block_m, block_c = _tile(view, itemsize)
+    wide = view.channels_last and view.align * itemsize >= 16 and itemsize == 2
+    wanted = num_sms * (STATISTICS_PER_SM if wide else PROGRAMS_PER_SM)
+    return _dealt(view, block_m, block_c, _num_warps(view, itemsize, block_m * block_c), wanted)
+
+
+def _dealt(view: Rows, block_m: int, block_c: int, num_warps: int, wanted: int) -> Tiling:
     channel_tiles = cdiv(view.C, block_c)
-    wanted = max(1, num_sms * PROGRAMS_PER_SM // channel_tiles)
-    programs = max(1, min(wanted, view.M // max(2 * MIN_ROWS, block_m)))
+    programs = max(1, min(wanted // channel_tiles, view.M // max(2 * MIN_ROWS, block_m)))
     return Tiling(block_m, block_c, num_warps, programs, channel_tiles, cdiv(cdiv(view.M, block_m), programs))
 
 
@@ -134,7 +144,7 @@ def pool_reduction(view: Rows, itemsize: int, num_sms: int, unrolled: bool) -> T
     """
     block_m, block_c, num_warps = _pool_tile(view, itemsize)
     wide = itemsize == 4 and not unrolled
-    return _dealt(view, 2 * block_m if wide else block_m, block_c, num_warps, num_sms)
+    return _dealt(view, 2 * block_m if wide else block_m, block_c, num_warps, num_sms * PROGRAMS_PER_SM)
 
 
 @functools.lru_cache(SHAPES)
@@ -221,7 +231,7 @@ def images(view: Rows, itemsize: int) -> ImageTiling:
 def image_reduction(view: Rows, itemsize: int, num_sms: int) -> ImageTiling:
     """For the backward reduction of the head: a few programs for every multiprocessor.
 
-    A thread has at least 8 elements: with 4, where accesses are narrow, too little was in flight.
+    A thread of a warp of 32 has at least 8 elements: with 4, where accesses are narrow, too little was in flight.
     """
     block_n, block_s, block_c, num_warps = _image_tile(view, itemsize)
     num_warps = min(num_warps, max(1, block_n * block_s * block_c // 256))

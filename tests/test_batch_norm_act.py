@@ -112,6 +112,17 @@ def test_large_mean(device, channels_last, dtype, shape):
     check_batch_norm(batch_norm_act, inputs, device, channels_last=channels_last, training=True, act=None)
 
 
+@pytest.mark.parametrize("first", [1.0, 20.0, 1e4])
+@both_layouts
+def test_untypical_first_value(device, channels_last, first):
+    """Moments are taken of differences to a channel's first value, which helps only where it is like the others."""
+    inputs = batch_norm_inputs((6, 16, 40, 40), torch.float32, mean=0.0, std=1.0)
+    assert inputs.running_mean is not None
+    inputs.running_mean.zero_()  # so that nothing hides the error of the mean, which is near 0
+    inputs.input[0, :, 0, 0] = first
+    check_batch_norm(batch_norm_act, inputs, device, channels_last=channels_last, training=True, act=None)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @residual_or_not

@@ -35,9 +35,10 @@ def test_elementwise(view, itemsize):
     assert config.programs * rows >= view.M > (config.programs - 1) * rows
 
 
+@pytest.mark.parametrize("reduction", [tiling.reduction, tiling.statistics])
 @given(views, itemsizes, st.sampled_from([1, 108, 132, 304]))
-def test_reduction(view, itemsize, num_sms):
-    config = tiling.reduction(view, itemsize, num_sms)
+def test_reduction(reduction, view, itemsize, num_sms):
+    config = reduction(view, itemsize, num_sms)
     check(view, config)
     row_tiles = tiling.cdiv(view.M, config.block_m)
     assert 1 <= config.programs <= row_tiles  # no program without rows: the merge divides by their counts

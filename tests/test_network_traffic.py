@@ -38,6 +38,7 @@ from benchmarks.suites.traffic_network import (
     schedule,
 )
 from fusedres.kernels import layout, tiling
+from fusedres.kernels.workspace import num_sms
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
 SHAPE = (4, 3, 64, 64)  # large enough for layers of two launches
@@ -52,6 +53,7 @@ class Layer(NamedTuple):
     pattern: str
     size: int  # bytes
     on_chip: bool
+    compared: int  # bytes: of two values a channel, by every program of the statistics and by the last once more
 
 
 class Derived(NamedTuple):
@@ -79,7 +81,8 @@ class Derived(NamedTuple):
 
     def fused(self, phase: int) -> float:
         name = ("forward", "backward")[phase]
-        return sum(BUDGET[LIKE[layer.pattern]][name][layer.on_chip] * layer.size for layer in self.layers)
+        passes = sum(BUDGET[LIKE[layer.pattern]][name][layer.on_chip] * layer.size for layer in self.layers)
+        return passes + sum(layer.compared for layer in self.layers) * (phase == 0)
 
 
 @pytest.fixture
@@ -103,7 +106,10 @@ def derived(miniature: Part) -> Derived:
     for name, out in seen:
         pattern = "bn" if "downsample" in name else "bn_add_act" if name.endswith("bn3") else "bn_act"
         if name != "maxpool":
-            layers.append(Layer(pattern, 2 * out.numel(), tiling.on_chip(layout.rows(out), 2) is not None))
+            view = layout.rows(out)
+            on_chip = tiling.on_chip(view, 2) is not None
+            looks = tiling.statistics(view, 2, num_sms(out.device)).programs + 1
+            layers.append(Layer(pattern, 2 * out.numel(), on_chip, 0 if on_chip else looks * 2 * 2 * view.C))
         if pattern == "bn_add_act" or name == "maxpool":
             ends.append(2 * out.numel())
     return Derived(layers, layers[0].size, ends[0], ends[-1], sum(ends[:-1]))

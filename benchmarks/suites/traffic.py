@@ -116,18 +116,20 @@ SUBJECTS: list[Subject] = [
 ]
 PHASES = ("forward", "backward", "eval")
 VECTORS, MANY_ROWS = 0.05, 10_000  # the share of vectors and partial sums, where there are so many rows
+LONG = {(8, 64, 56, 56), (10240, 128, 64), (208, 16, 7, 7)}  # to interpret: as long as all others together
 # Of the bytes in the sectors touched, at least: where rows are whole sectors, or not. Less is uncoalesced.
 USEFUL = {True: 0.95, False: 0.55}
 
 
 def plan(request: Request) -> list[Case]:
-    """Quick: without NCHW, where as many bytes are moved."""
+    """Quick: without NCHW, where as many bytes are moved, and without ``LONG``."""
     if PROVIDER not in (request.providers or [PROVIDER]) or DTYPE_NAME not in (request.dtypes or [DTYPE_NAME]):
         return []
     return [
         Case(subject)
         for subject in SUBJECTS
-        if subject.shape[0] in (request.batches or subject.shape) and not (request.quick and subject.layout == "NCHW")
+        if subject.shape[0] in (request.batches or subject.shape)
+        and not (request.quick and (subject.layout == "NCHW" or subject.shape in LONG))
     ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedres.kernels import tiling
 from fusedres.kernels._common import _aligned_extents, _moments, _normalise, _pack_bits, _positive
-from fusedres.kernels.batch_norm_forward import _affine, _update_running, batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_forward import _affine, _load_affine, _update_running, batch_norm_fwd_stats
 from fusedres.kernels.layout import Rows, pooled_like, rows
 from fusedres.kernels.tiling import ImageTiling
 from fusedres.kernels.workspace import counters, on_device
@@ -113,14 +113,9 @@ def _batch_norm_head_fwd_apply_kernel(
     c0 = pid % channel_tiles * BLOCK_C
     offs_c = c0 + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    if running_mean_ptr is not None:
-        mean = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        var = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        scale, shift = _affine(mean, var, weight_ptr, bias_ptr, stats_ptr, offs_c, mask_c, pid_n == 0, C, EPS)
-    else:
-        mean = tl.load(stats_ptr + offs_c, mask=mask_c, other=0.0)
-        scale = tl.load(stats_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
-        shift = tl.load(stats_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
+    mean, scale, shift = _load_affine(
+        stats_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, offs_c, mask_c, pid_n == 0, C, EPS
+    )  # fmt: skip
 
     first = pid_n * (TILES * BLOCK_N)
     for n in range(first, tl.minimum(first + TILES * BLOCK_N, N), BLOCK_N):

@@ -93,7 +93,7 @@ sanitize() { # sanitize TOOL
         return
     fi
     stage "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --target-processes all \
-        --show-backtrace no --print-limit 20 "$python" -m pytest -p no:cacheprovider -q -m gpu tests/test_sanitize.py
+        --show-backtrace no --print-limit 20 "$python" -m pytest -p no:cacheprovider -q -m gpu tests/kernels/test_sanitize.py
 }
 
 benchmark() { # benchmark STAGE SUITE OPTION...: what it begins last has a third of the time; rows are saved as they come
@@ -135,7 +135,7 @@ for entry in "${stages[@]}"; do
         tests)
             # What only a GPU can show comes first.
             stage tests "$python" -m pytest -p no:cacheprovider -q --continue-on-collection-errors \
-                ${workers[@]+"${workers[@]}"} -m gpu tests/test_gpu.py tests/test_gpu_linear.py tests/test_sanitize.py tests
+                ${workers[@]+"${workers[@]}"} -m gpu tests/kernels/test_gpu.py tests/kernels/test_gpu_linear.py tests/kernels/test_sanitize.py tests
             ;;
         *check) sanitize "$name" ;;
         quick-*) benchmark "$name" "${name#quick-}" --quick ;;

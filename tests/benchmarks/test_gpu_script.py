@@ -1,0 +1,277 @@
+"""benchmarks/gpu.sh from end to end, with Python, compute-sanitizer and nvidia-smi stubbed at their entry."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+from rich.console import Console
+
+import benchmarks.__main__ as cli
+from benchmarks import providers
+from benchmarks.reporting import summary
+from benchmarks.results import Row
+from benchmarks.suites import SUITES, probe
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+CHECKS = ["memcheck", "racecheck", "initcheck"]
+MEASURED = ["kernels", "mlp", "models", "memory", "probe", "compile-study"]
+STAGES = [
+    "tests", *CHECKS, "quick-models", "quick-kernels", "quick-mlp", "quick-memory", "probe",
+    "full-kernels", "full-models", "full-mlp", "compile-study",
+]  # fmt: skip
+PYTHON = f"""#!{sys.executable}
+import json, os, shutil, sys, time
+from pathlib import Path
+
+arguments = sys.argv[1:]
+here = Path({{here!r}})
+if arguments[0] == "-c":
+    sys.exit(os.environ.get("STUB_MISSING", "nothing") in arguments[1])
+if arguments[:2] == ["-m", "benchmarks.reporting.summary"]:
+    if "STUB_FIGURES" in os.environ:
+        os.execv({sys.executable!r}, [{sys.executable!r}, *arguments])
+    sys.exit()
+tool = os.environ.pop("STUB_TOOL", None)
+with (here / "calls.jsonl").open("a") as file:
+    print(json.dumps({{{{"tool": tool, "arguments": arguments, "environment": dict(os.environ)}}}}), file=file)
+name = tool or " ".join(arguments[1:3])
+print("this is", name)
+if name in os.environ.get("STUB_SLEEP", "-"):
+    time.sleep(60)
+if arguments[1] == "benchmarks":
+    folder = Path(arguments[arguments.index("--output") + 1]) / "nvidia-stub"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(here / "rows" / f"{{{{arguments[2]}}}}.jsonl", folder)
+sys.exit(3 if name in os.environ.get("STUB_FAIL", "-") else 0)
+"""
+SANITIZER = """#!/bin/bash
+tool=$2
+while [[ $1 != */python ]]; do shift; done
+STUB_TOOL=$tool "$@" || exit
+[[ -z ${STUB_REPORT:-} ]] || echo "=========     at $STUB_REPORT+0x120 in somewhere.py:12"
+echo "========= ${STUB_SUMMARY-ERROR SUMMARY: 1 errors}"
+"""
+
+
+@dataclass
+class Done:
+    status: int
+    output: str
+    errors: str
+    out: Path
+    calls: list[dict]
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """By stage, from the lines of the summary."""
+        lines = self.output.split("summary: ")[1].splitlines()[1:]
+        found = (re.match(r"(\S+) +(\S.*?) +\d+ s   ", line) for line in lines)
+        return {match[1]: match[2] for match in found if match}
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """Runs the script with stubs, and returns what it did."""
+    (tmp_path / "rows").mkdir()
+    for suite in MEASURED:
+        lines = [json.dumps(asdict(row)) + "\n" for row in rows(suite)]
+        (tmp_path / "rows" / f"{suite}.jsonl").write_text("".join(lines))
+    tools = {"python": PYTHON.format(here=str(tmp_path)), "compute-sanitizer": SANITIZER, "nvidia-smi": "#!/bin/bash\n"}
+    (tmp_path / "bin").mkdir()
+    for name, text in tools.items():
+        path = tmp_path / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(*stages: str, **environment: str) -> Done:
+        given = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": "/nonexistent"}
+        given |= {"PYTHON": str(tmp_path / "bin" / "python")} | environment
+        out = tmp_path / "out"
+        done = subprocess.run(
+            ["bash", str(SCRIPT), str(out), *stages], env=given, cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        log = tmp_path / "calls.jsonl"
+        calls = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return Done(done.returncode, done.stdout, done.stderr, out, calls)
+
+    return run
+
+
+def rows(suite: str) -> list[Row]:
+    """Plausible rows, and more workloads than a summary has room for."""
+    environment: dict[str, str | float | None] = {
+        "device": "NVIDIA Stub", "driver": "1", "torch": "2", "triton": "3", "python": "3", "commit": "unknown",
+        "copy_gb_s": 2900.0, "matmul_tflop_s": 700.0,
+    }  # fmt: skip
+    made = []
+    if suite == "probe":
+        for of in probe.convolutions():
+            for batch in probe.BATCHES:
+                for row in probe.Probed(of, batch, "bfloat16").rows("ok"):
+                    row.figures = {"ms": 0.1, "count": float(of.count)}
+                    if row.provider == probe.TRITON:
+                        row.figures |= {"speedup": 0.93, "speedup_low": 0.9, "speedup_high": 0.95}
+                    made.append(row)
+    elif suite in summary.SUITES:
+        for number in range(12):
+            for mode in summary.MODES:
+                for provider, ms in (("eager channels-last", 3.0), ("torch.compile", 2.0), ("fusedres", 1.5)):
+                    shape = [32, 3, 224, 224 + number % 2]
+                    name = f"preact_resnet_cifar({number // 2}) 512→512"
+                    row = Row(suite, name, mode, provider, shape, "bfloat16", "channels-last")
+                    row.figures = {"ms": ms, "speedup": 3.0 / ms}
+                    made.append(row)
+    else:
+        made.append(Row(suite, "resnet50", "training", "fusedres", [32], "bfloat16", "NCHW", "WRONG"))
+    for row in made:
+        row.environment = environment
+    return made
+
+
+def test_everything(stub):
+    """All stages in order, nothing left but eight files, and the summary last."""
+    done = stub(STUB_FIGURES="real")
+    assert done.status == 0, done.output + done.errors
+    assert list(done.verdicts) == STAGES and set(done.verdicts.values()) == {"ok"}
+    assert [call["tool"] for call in done.calls if call["tool"]] == CHECKS
+    ran = [call["arguments"][2] for call in done.calls if call["arguments"][1] == "benchmarks"]
+    assert ran == [stage.split("-", 1)[-1] if stage[0] in "qf" else stage for stage in STAGES[4:]]
+    left = sorted(str(path.relative_to(done.out)) for path in done.out.rglob("*") if path.is_file())
+    assert left == sorted(["logs.tar.gz", "summary.txt", *(f"results/nvidia-stub/{name}.jsonl" for name in MEASURED)])
+    with tarfile.open(done.out / "logs.tar.gz") as archive:
+        kept = {Path(name).name for name in archive.getnames()}
+    assert kept >= {f"{stage}.log" for stage in STAGES}
+    told = done.output[done.output.index("summary: ") :]
+    assert told == (done.out / "summary.txt").read_text()
+    lines = told.splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 150 and len(told) < 12_000
+    assert "1024→2048 /2 14x14" in told and "0.93" in told and "copy 2900.0 GB/s" in told
+    assert "2.00 (2.00-2.00, 2 sizes)  1.33 (1.33-1.33, 2 sizes)" in told and "1 WRONG" in told
+    assert "…" not in told
+
+
+def test_commands_are_understood(stub):
+    """By the real command line of the benchmarks, and by the real pytest."""
+    stub()
+    done = stub("max-autotune")
+    benchmarks, tests = [], []
+    for call in done.calls:
+        kind, arguments = call["arguments"][1], call["arguments"][2:]
+        (benchmarks if kind == "benchmarks" else tests).append(arguments)
+        assert "TRITON_INTERPRET" not in call["environment"]
+        caches = [call["environment"][name] for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR")]
+        assert not any(Path(cache).is_relative_to(done.out) for cache in caches)
+        if call["tool"]:
+            assert call["environment"]["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    for arguments in benchmarks:
+        parsed = cli._parse(arguments)
+        assert parsed.suite in SUITES and parsed.quick != parsed.full
+        assert providers.PROVIDERS.keys() >= set(parsed.provider or ())
+        assert 0 < parsed.seconds < 510 and parsed.output == done.out / "results"
+    assert {arguments[0] for arguments in benchmarks} == set(MEASURED)
+    for arguments in {tuple(arguments) for arguments in tests}:
+        plain = [a for i, a in enumerate(arguments) if a != "-n" and arguments[i - 1] != "-n"]
+        found = subprocess.run(
+            [sys.executable, "-m", "pytest", *plain, "--collect-only"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stdout[-2000:]
+        collected = [line for line in found.stdout.splitlines() if "::" in line]
+        assert collected and any("test_sanitize[cuda" in line for line in collected)
+        assert len(collected) == len(set(collected)), "no test twice"
+
+
+def test_a_failing_stage(stub):
+    done = stub("tests", "probe", "memcheck", STUB_FAIL="pytest -p", STUB_SUMMARY="ERROR SUMMARY: 0 errors")
+    assert done.status == 1
+    assert done.verdicts == {"tests": "failed (3)", "memcheck": "ok", "probe": "ok"}
+
+
+def test_a_stage_that_hangs(stub):
+    """It is ended at its limit, and those behind it run."""
+    start = time.monotonic()
+    done = stub(STUB_SLEEP="racecheck", GPU_SH_SECONDS="40")
+    assert done.status == 1
+    assert done.verdicts == dict.fromkeys(STAGES, "ok") | {"racecheck": "out of time"}
+    assert time.monotonic() - start < 60
+
+
+def test_no_time_left(stub):
+    done = stub("memcheck", "quick", STUB_SLEEP="memcheck", GPU_SH_SECONDS="0")
+    assert done.status == 1 and set(done.verdicts.values()) == {"not run"} and not done.calls
+
+
+@pytest.mark.parametrize(
+    ("environment", "verdict"),
+    [
+        ({"STUB_REPORT": "_batch_norm_fwd_stats_kernel"}, "errors found"),
+        ({"STUB_REPORT": "void at::native::vectorized_elementwise_kernel"}, "ok"),
+        ({"STUB_SUMMARY": ""}, "no report"),
+        ({"STUB_FAIL": "initcheck"}, "failed (3)"),
+    ],
+)
+def test_what_the_sanitizer_says(stub, environment, verdict):
+    """Reports on this package's kernels count, and so does a tool that reports nothing at all."""
+    done = stub("initcheck", **environment)
+    assert done.verdicts == {"initcheck": verdict} and done.status == int(verdict != "ok")
+
+
+def test_no_sanitizer(stub, tmp_path):
+    (tmp_path / "bin" / "compute-sanitizer").unlink()
+    done = stub("memcheck", "probe")
+    assert done.status == 1 and done.verdicts == {"memcheck": "not run", "probe": "ok"}
+
+
+def test_no_xdist(stub):
+    done = stub("tests", STUB_MISSING="xdist")
+    [call] = done.calls
+    assert done.status == 0 and "-n" not in call["arguments"]
+
+
+def test_no_gpu(stub):
+    done = stub(STUB_MISSING="is_available")
+    assert done.status == 2 and "sees a GPU" in done.errors and not done.calls
+
+
+@pytest.mark.parametrize(
+    ("asked", "stages"),
+    [
+        (["quick"], STAGES[4:8]),
+        (["full", "tests"], ["tests", *STAGES[9:12]]),
+        (["max-autotune"], ["max-autotune"]),
+        (["quick-mlp"], ["quick-mlp"]),
+    ],
+)
+def test_named_stages(stub, asked, stages):
+    """They run in the script's order and share all of the time."""
+    done = stub(*asked, GPU_SH_SECONDS="100")
+    assert done.status == 0 and list(done.verdicts) == stages
+    if len(stages) == 1:
+        assert re.search(r"\(at most (9\d|100) s\)", done.output)
+
+
+def test_an_unknown_stage(stub):
+    done = stub("tests", "nonsense")
+    assert done.status == 2 and "nonsense" in done.errors and not done.calls
+
+
+def test_a_summary_of_nothing(tmp_path, capsys):
+    summary.main(tmp_path, Console(width=summary.WIDTH))
+    assert capsys.readouterr().out == "no rows\n"
+
+
+@pytest.mark.parametrize(("asked", "compiled"), [((), False), (("full-mlp",), True)])
+def test_full_leaves_compilation_out_unless_named(stub, asked, compiled):
+    [full] = [call["arguments"] for call in stub(*asked).calls if {"mlp", "--full"} <= set(call["arguments"])]
+    assert ("--provider" not in full) == compiled

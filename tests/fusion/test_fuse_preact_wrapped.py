@@ -1,0 +1,132 @@
+"""torch.compile, export, autocast, DDP, FSDP2 and feature extraction of fused pre-activation networks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import fusedres
+from fusedres import models
+from tests import zoo
+from tests.distributed.test_fuse_distributed import group as group
+from tests.fusion.test_fuse_preact import Listed, Projection, hand, native
+from tests.zoo import TOLERANCE, assert_same_steps, counts, images, randomise
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("build", [lambda: hand(Projection), lambda: native(fusedres.nn.PreActBottleneck), Listed])
+def test_compiles_to_one_graph_without_recompilation(build):
+    model = fusedres.fuse(randomise(build()))
+    reference, x = copy.deepcopy(model), images()
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        model.eval()(x)
+        model(x)
+    assert counter.frame_count == 2
+    model.load_state_dict(reference.state_dict())
+    assert_same_steps(model, reference, x)
+
+
+def test_compiled_timm():
+    model = fusedres.fuse(randomise(zoo.timm_resnetv2("resnetv2_18", (1, 2))))
+    reference, x = copy.deepcopy(model), images(2, 3, 32, 32)
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert_same_steps(model, reference, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("build", [lambda: hand(Projection), lambda: zoo.timm_resnetv2("resnetv2_18", (1, 2))])
+def test_export_and_traces(build):
+    model, x = fusedres.fuse(randomise(build())).eval(), images(2, 3, 32, 32)
+    expected = model(x)
+    for traced in (
+        torch.export.export(model, (x,), strict=False).module(),
+        torch.fx.symbolic_trace(model),
+        torch.jit.trace(model, (x,)),
+    ):
+        torch.testing.assert_close(traced(x), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", [zoo.KuangliuBlock, fusedres.nn.PreActBasicBlock])
+def test_autocast_gives_eagers_dtypes(kind, monkeypatch):
+    monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
+    model = randomise(hand(kind) if kind is zoo.KuangliuBlock else native(kind)).float()
+    reference, x, outputs = copy.deepcopy(model), images().float(), []
+    fusedres.fuse(model)
+    for candidate in (model, reference):
+        seen: list[torch.dtype] = []
+        watched = candidate.get_submodule("layers.1.1.conv1" if kind is zoo.KuangliuBlock else "layer2.1.conv1")
+        watched.register_forward_hook(functools.partial(lambda seen, _, args, out: seen.append(out.dtype), seen))
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append((candidate(x), seen))
+    assert outputs[0][1] == outputs[1][1]
+    torch.testing.assert_close(outputs[0][0], outputs[1][0])
+
+
+def test_ddp_and_fsdp(group):
+    model, x = randomise(hand(zoo.KuangliuBlock)), images()
+    reference, sharded = copy.deepcopy(model), fusedres.fuse(copy.deepcopy(model))
+    wrapped = DistributedDataParallel(fusedres.fuse(model))
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for block in sharded.modules():
+        if isinstance(block, zoo.KuangliuBlock):
+            fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert counts(wrapped)["add_bn_act"] == 4
+    assert "add_bn_act" not in counts(sharded)  # blocks have hooks of FSDP's: each adds up its input
+    for candidate in (wrapped, sharded, reference):
+        candidate(x).square().sum().backward()
+    for ours, theirs, its in zip(model.parameters(), sharded.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, its.grad, **TOLERANCE)
+        assert isinstance(theirs.grad, DTensor)
+        torch.testing.assert_close(theirs.grad.full_tensor(), its.grad, **TOLERANCE)
+
+
+def test_feature_extraction():
+    zoo.torchvision_models()
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = randomise(models.preact_resnet18(num_classes=5, width=4)).eval()
+    reference, x = copy.deepcopy(model), images(2, 3, 40, 40)
+    fusedres.fuse(model)
+    for extract in (
+        lambda m: create_feature_extractor(m, return_nodes=["layer1", "layer2.1", "layer4"]),
+        lambda m: IntermediateLayerGetter(m, {"layer1": "layer1", "layer3": "layer3"}),
+    ):
+        ours, its = extract(model)(x), extract(reference)(x)
+        assert ours.keys() == its.keys()
+        for key in its:
+            torch.testing.assert_close(ours[key], its[key], **TOLERANCE)
+
+
+@pytest.mark.parametrize("timms", [True, False])
+def test_conversion_to_sync_batchnorm_keeps_every_relu(timms):
+    model = randomise(zoo.timm_resnetv2("resnetv2_18", (1, 2)) if timms else hand(Projection))
+    reference, x = copy.deepcopy(model).eval(), images(2, 3, 32, 32)
+    convert = zoo.timm_models().layers.convert_sync_batchnorm if timms else nn.SyncBatchNorm.convert_sync_batchnorm
+    converted = convert(fusedres.fuse(model)).eval()
+    assert set(counts(converted)) == {"bn"}
+    torch.testing.assert_close(converted(x), reference(x), **TOLERANCE)

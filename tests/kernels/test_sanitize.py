@@ -1,0 +1,184 @@
+"""Small cases that launch every kernel, ragged in every direction, for compute-sanitizer; interpreted without a GPU."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.utils.deterministic
+
+from fusedres import functional
+from fusedres.functional import (
+    BatchNormState,
+    add_batch_norm_act,
+    batch_norm_act,
+    batch_norm_act_global_avg_pool2d,
+    forked_batch_norm_act_max_pool2d,
+    forked_batch_norm_add_batch_norm_act,
+)
+from tests.oracle import LINEAR_LN, LN_LINEAR, linear_inputs, run_linear
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+KERNELS = Path(__file__).parents[2] / "kernels"
+Case = Callable[[torch.device], None]
+
+
+@pytest.fixture(autouse=True)
+def plain_memory(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """initcheck sees no unwritten element in memory that was filled with NaN."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
+def batch_norm(shape: tuple[int, ...], channels_last: bool, training: bool) -> Case:
+    form = torch.channels_last if channels_last else torch.contiguous_format
+
+    def case(device: torch.device) -> None:
+        for dtype, residual in ((torch.bfloat16, True), (torch.float32, False)):
+            x = torch.randn(shape).to(device, dtype).contiguous(memory_format=form).requires_grad_()
+            other = torch.randn_like(x).requires_grad_() if residual else None
+            mean, var = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
+            weight = torch.rand(shape[1], device=device, requires_grad=True)
+            count = torch.zeros((), dtype=torch.int64, device=device)
+            out = batch_norm_act(
+                x, mean, var, weight, None, training, residual=other, act="relu", num_batches_tracked=count
+            )
+            out.backward(torch.randn_like(out))
+            assert x.grad.isfinite().all() and count.item() == int(training)
+            pooled = batch_norm_act_global_avg_pool2d(
+                x, mean, var, weight, None, training, residual=other, act="relu"
+            )  # fmt: skip
+            pooled.backward(torch.randn_like(pooled))
+            assert pooled.isfinite().all() and x.grad.isfinite().all()
+            if other is not None:
+                outputs = add_batch_norm_act(x, other, mean, var, weight, None, training, act="relu")
+                torch.autograd.backward(outputs, [torch.randn_like(out)] * 2)
+                assert x.grad.isfinite().all() and other.grad.isfinite().all()
+
+    return case
+
+
+def forked(shape: tuple[int, ...], channels_last: bool, training: bool) -> Case:
+    """Stems and joins, whose outputs have two readers."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+
+    def case(device: torch.device) -> None:
+        for dtype in (torch.bfloat16, torch.float32):
+            x, other = (
+                torch.randn(shape).to(device, dtype).contiguous(memory_format=form).requires_grad_() for _ in range(2)
+            )
+            norms = [
+                BatchNormState(*(torch.ones(shape[1], device=device) for _ in range(3)), training=training)
+                for _ in range(2)
+            ]
+            norms[0].weight.requires_grad_()
+            joined = forked_batch_norm_add_batch_norm_act(x, other, *norms, act="relu")
+            outputs = [*joined, *forked_batch_norm_act_max_pool2d(x, norms[0])]
+            torch.autograd.backward(outputs, [torch.randn_like(out) for out in outputs])
+            assert all(out.isfinite().all() for out in outputs) and x.grad.isfinite().all()
+
+    return case
+
+
+def linear(order: str, features: tuple[int, int]) -> Case:
+    def case(device: torch.device) -> None:
+        for dtype in (torch.bfloat16, torch.float32):
+            inputs = linear_inputs(order, (37,), features, dtype, residual=order == LINEAR_LN)
+            results = run_linear(functional, order, inputs.map(lambda t: t.to(device)), "relu")
+            assert all(result.isfinite().all() for result in results.values())
+
+    return case
+
+
+def ranks(device: torch.device) -> None:
+    """What ranks launch, with their messages made here."""
+    from fusedres.kernels import sync_batch_norm as sync
+
+    x = torch.randn(5, 40, 33, 17).to(device)
+    vectors = [torch.ones(40, device=device) for _ in range(4)]
+    message, s = sync.moments(x, x)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    stats, inverse = sync.merge(torch.stack([message] * 3), *vectors, count, 0.1, 1e-5)
+    out, mask = sync.normalise(s, None, stats, "relu", True)
+    sums, _ = sync.reduce(out, s, stats, mask, "relu", None)
+    assert sync.gradient(out, s, s, stats, sums * inverse, mask, "relu").isfinite().all() and count.item() == 1
+
+
+def cooperative(device: torch.device) -> None:
+    """Interpreted, one program a channel tile, for it may not wait for others."""
+    from fusedres.kernels import batch_norm_cooperative, layout, tiling
+
+    x = torch.randn(5, 40, *((33, 17) if device.type == "cuda" else (3, 3))).to(device)
+    config = tiling.cooperative(layout.rows(x), x.itemsize, 132)
+    assert config is not None and (config.programs > 1) == (device.type == "cuda")
+    vectors = [torch.ones(40, device=device) for _ in range(4)]
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    y, _, mask = batch_norm_cooperative.batch_norm_fwd_cooperative(
+        x, x, layout.rows(x), config, *vectors, count, 0.1, 1e-5, "relu", True
+    )
+    assert y.isfinite().all() and mask.any() and count.item() == 1
+
+
+LAYERS = (  # the first of each layout fits on-chip, the second needs two launches and several programs a channel tile
+    ((3, 20, 5, 3), True), ((5, 40, 33, 17), True), ((3, 20, 5, 3), False), ((5, 3, 33, 17), False),
+)  # fmt: skip
+CASES = {
+    "batch_norm over ranks": ranks,
+    "cooperative batch_norm": cooperative,
+    **{
+        f"batch_norm {shape}, {'channels-last' if last else 'NCHW'}, {mode}": batch_norm(
+            shape, last, mode == "training"
+        )
+        for shape, last in LAYERS
+        for mode in ("training", "inference")
+    },
+    **{
+        f"stem and join {shape}, {'channels-last' if last else 'NCHW'}, {mode}": forked(shape, last, mode == "training")
+        for shape, last in (((3, 20, 5, 3), True), ((5, 3, 33, 17), False))
+        for mode in ("training", "inference")
+    },
+    **{
+        f"{order} {features}": linear(order, features)
+        for order in (LN_LINEAR, LINEAR_LN)
+        for features in ((40, 52), (1100, 24), (67, 101))
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_sanitize(case, device):
+    case(device)
+
+
+def test_every_kernel_is_launched():
+    from triton import knobs
+    from triton.runtime import interpreter
+
+    if not knobs.runtime.interpret:
+        pytest.skip("kernels are compiled here, not interpreted")
+    launched = set()
+    run = interpreter.GridExecutor.__call__
+
+    def note(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.add(executor.fn.__name__)
+        return run(executor, *args, **kwargs)
+
+    with mock.patch.object(interpreter.GridExecutor, "__call__", note):
+        for case in CASES.values():
+            case(torch.device("cpu"))
+    assert launched == kernels()
+
+
+def kernels() -> set[str]:
+    """The names of all kernels of the package."""
+    return {
+        node.name
+        for path in KERNELS.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }

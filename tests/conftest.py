@@ -24,11 +24,13 @@ def interpreter() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--zoo", action="store_true", help="all of torchvision's and timm's networks in test_zoo.py")
+    parser.addoption("--slow", action="store_true", help="also tests marked slow: the whole zoo, compile studies")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; --slow runs it"))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
         elif HAS_GPU and _interprets(item):
@@ -41,12 +43,10 @@ def _interprets(item: pytest.Item) -> bool:
     return "triton_backend" in fixtures and "device" not in fixtures and not item.get_closest_marker("gpu")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where kernels run: interpreted on the CPU, compiled on a GPU."""
-    if request.param == "cpu" and HAS_GPU:
-        pytest.skip("kernels are compiled here, not interpreted")
-    return torch.device(request.param)
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels of this session run: compiled on a GPU, else interpreted on the CPU."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Networks of torchvision and timm: their BatchNorms run through fusedres, and compute what they computed.
 
-``--zoo`` takes every network of those families, as its library builds it; otherwise a small one stands for each.
+``--slow`` takes every network of those families, as its library builds it; otherwise a small one stands for each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.zoo_public import SMALL, Entry
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "entry" in metafunc.fixturenames:
-        entries = zoo_public.full() if metafunc.config.getoption("--zoo") else SMALL
+        entries = zoo_public.full() if metafunc.config.getoption("--slow") else SMALL
         metafunc.parametrize("entry", entries.values(), ids=entries.keys())
 
 

@@ -30,15 +30,34 @@ def batch_norm_act(
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """``act(batch_norm(input) + residual)``; arguments as :func:`fusedres.functional.batch_norm_act`."""
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+    norm = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+    return normalise(input, norm, residual, act)
+
+
+def normalise(input: Tensor, norm: tuple[Any, ...], residual: Tensor | None, act: str | None) -> Tensor:
+    """:func:`batch_norm_act`; ``norm`` holds its arguments after ``input`` and ``num_batches_tracked``."""
+    mean, var, weight, bias, training, momentum, eps, count = norm
+    if training and count is not None:
+        count.add_(1)
     if momentum is None:
         # The cumulative average; like PyTorch's own module, this reads the counter on the host.
-        momentum = 1.0 / float(num_batches_tracked) if training and num_batches_tracked is not None else 0.0
-    out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        momentum = 1.0 / float(count) if training and count is not None else 0.0
+    # F.batch_norm without its check, which the fused functions have made.
+    out = torch.batch_norm(input, weight, bias, mean, var, training, momentum, eps, torch._C._get_cudnn_enabled())
     if residual is not None:
-        out = out + residual
-    return torch.relu_(out) if act == "relu" else out
+        # Nobody else has seen `out`, and the backward of a normalisation does not read it.
+        out = out.add_(residual) if _adds_in_place(out, residual) else out + residual
+    return out.relu_() if act == "relu" else out
+
+
+def _adds_in_place(out: Tensor, residual: Tensor) -> bool:
+    """Whether ``out += residual`` is ``out + residual``; not where another kind of tensor or a transform decides."""
+    return (
+        type(out) is type(residual) is Tensor
+        and out.dtype is residual.dtype
+        and out.shape == residual.shape
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def batch_norm_act_global_avg_pool2d(

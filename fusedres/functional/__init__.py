@@ -2,6 +2,7 @@
 
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
 from fusedres.functional.batch_norm import forked_batch_norm_act as forked_batch_norm_act  # for fusion
+from fusedres.functional.batch_norm import normalise as normalise  # for nn
 from fusedres.functional.batch_norm_head import batch_norm_act_global_avg_pool2d
 from fusedres.functional.batch_norm_pool import batch_norm_act_max_pool2d
 from fusedres.functional.batch_norm_pool import (
@@ -24,6 +25,7 @@ from fusedres.ops import pool_refusal as pool_refusal
 from fusedres.ops import refusal as refusal
 from fusedres.ops import slower_than_eager as slower_than_eager
 from fusedres.ops import standing as standing
+from fusedres.ops import takes_reference as takes_reference
 from fusedres.reference import Extent as Extent  # for nn
 
 __all__ = [

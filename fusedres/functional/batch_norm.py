@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fusedres import ops, reference
-from fusedres.functional.checks import BatchNormState, check_batch_norm, needs_grad
-from fusedres.ops import eager_is_faster, is_known, kind, sync_batch_norm_act, use_kernels
+from fusedres.functional.checks import BatchNormState, check_batch_norm, is_usual, needs_grad
+from fusedres.ops import eager_is_faster, is_known, kind, sync_batch_norm_act, takes_reference, use_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,7 +66,20 @@ def batch_norm_act(
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
     """
     norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    shared = training and group is not None and group.size() > 1
+    return normalise(input, norm, residual, act, group)
+
+
+def normalise(
+    input: Tensor,
+    norm: BatchNormState,
+    residual: Tensor | None = None,
+    act: str | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """:func:`batch_norm_act` for those who have a ``norm`` in one piece."""
+    if takes_reference(input) and group is None and is_usual(input, norm, residual, act):
+        return reference.normalise(input, norm, residual, act)
+    shared = norm.training and group is not None and group.size() > 1
     check_batch_norm(input, norm, residual, act, shared=shared)
     if shared:
         return _synchronised(input, residual, norm, act, group, added=False)
@@ -139,6 +152,9 @@ def add_batch_norm_act(
         TypeError, ValueError, RuntimeError: as :func:`batch_norm_act`, where ``input`` is the sum or a term of it.
     """
     norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    if takes_reference(input) and group is None and is_usual(input, norm, residual, act):
+        total = input + residual
+        return total, reference.normalise(total, norm, None, act)
     shared = training and group is not None and group.size() > 1
     dtype = torch.promote_types(input.dtype, residual.dtype)
     check_batch_norm(input, norm, residual, act, shared=shared, dtype=dtype)

@@ -83,6 +83,28 @@ def check_batch_norm(
         _check_training(input, norm, shared, name, prefix)
 
 
+def is_usual(input: Tensor, norm: BatchNormState, residual: Tensor | None, act: str | None) -> bool:
+    """Whether a call on a CPU is right because it is one of the most common kind, as found in about a microsecond."""
+    mean, var, weight, bias, training, momentum, _, count = norm
+    dtype = input.dtype
+    if act not in ACTIVATIONS or not dtype.is_floating_point or mean is None or var is None or momentum is None:
+        return False
+    if weight is None or bias is None or input.dim() < 2:
+        return False
+    channels = input.size(1)
+    for vector in (mean, var, weight, bias):
+        if vector.dtype is not dtype or vector.dim() != 1 or vector.numel() != channels or not vector.is_cpu:
+            return False
+    if residual is not None and (
+        residual.dtype is not dtype or not residual.is_cpu or residual.shape != input.shape
+    ):
+        return False
+    if not training:
+        return True
+    counts = count is None or (count.dtype is torch.int64 and count.is_cpu and count.numel() == 1)
+    return counts and 0 < channels < input.numel()
+
+
 def _check_training(input: Tensor, norm: BatchNormState, shared: bool, name: str, prefix: str) -> None:
     if not shared and input.shape[1] != 0:
         if is_known(input.numel() == input.shape[1]):

@@ -30,7 +30,7 @@ class TakenNorm(Derived):
         assert isinstance(self, nn.BatchNorm2d)
         if is_foreign(self) and not _has_any_global_hook():
             return foreign_norm(self, x)
-        out = batch_norm_act(x, **batch_norm_state(self, x))
+        out = batch_norm_act(x, **batch_norm_state(self, x)._asdict())
         return self.act(self.drop(out))  # pyright: ignore[reportCallIssue]
 
     @property
@@ -97,12 +97,12 @@ def foreign_pattern(norm: nn.Module) -> tuple[str, str]:
 
 def foreign_norm(norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
     """``norm(input)`` in one operation."""
-    return batch_norm_act(input, **batch_norm_state(norm, input), act=foreign_act(norm))
+    return batch_norm_act(input, **batch_norm_state(norm, input)._asdict(), act=foreign_act(norm))
 
 
 def foreign_add_norm(norm: nn.BatchNorm2d, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """``(s, norm(s))`` of ``s = input + residual`` in one operation."""
-    return add_batch_norm_act(input, residual, **batch_norm_state(norm, input), act=foreign_act(norm))
+    return add_batch_norm_act(input, residual, **batch_norm_state(norm, input)._asdict(), act=foreign_act(norm))
 
 
 def _is_watched(part: Any) -> bool:

@@ -15,7 +15,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from fusedres.functional import (
     BatchNormState,
     autocasts,
-    batch_norm_act,
     batch_norm_act_conv2d,
     batch_norm_act_global_avg_pool2d,
     batch_norm_act_max_pool2d,
@@ -25,6 +24,8 @@ from fusedres.functional import (
     forked_batch_norm_add_batch_norm_act,
     layer_norm_linear_act,
     linear_layer_norm_act,
+    normalise,
+    takes_reference,
 )
 from fusedres.fusion.foreign import is_foreign
 from fusedres.nn import OWN_NORMS, BatchNormAct2d, batch_norm_state
@@ -41,7 +42,7 @@ OWN_ACT = "own"  # the activation of the BatchNormAct2d that is called
 
 def batch_norm(input: Tensor, norm: BatchNormState, act: str | None = None, residual: Tensor | None = None) -> Tensor:
     """``act(norm(input) + residual)`` in one operation."""
-    return batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=norm[7])
+    return normalise(input, norm, residual, act)
 
 
 def norm_add(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:
@@ -50,6 +51,8 @@ def norm_add(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, cha
     ``changes`` is the operand that the addition changed in place, ``"norm"`` or ``"residual"``, if any: its dtype
     is the result's.
     """
+    if _can_add(input, residual, changes):
+        return _normalise(norm, input, residual, act)
     return ended_norm(norm, input, residual, act, changes, None)[0]
 
 
@@ -67,7 +70,7 @@ def norm_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool
 
 def norm_conv(norm: BatchNorm, input: Tensor, act: str | None, conv: nn.Conv2d) -> Tensor:
     """``conv(act(norm(input)))``; the convolution's input is not kept for the backward but computed again."""
-    if not _is_plain(norm) or input.dim() != 4 or conv.padding_mode != "zeros":
+    if not _spans(norm, input) or input.dim() != 4 or conv.padding_mode != "zeros":
         return conv(_normalise(norm, input, None, act))
     state = _state(norm, input)
     return batch_norm_act_conv2d(
@@ -81,7 +84,7 @@ def ended_norm(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, c
     if residual is not None and not _can_add(input, residual, changes):
         out = _add(_normalise(norm, input, None, None), residual, changes)
         return end(torch.relu(out) if _act(norm, act) == "relu" else out, ends)
-    if ends not in (FORK, POOL) or not _is_plain(norm) or (ends == POOL and input.dim() != 4):
+    if ends not in (FORK, POOL) or not _spans(norm, input) or (ends == POOL and input.dim() != 4):
         return end(_normalise(norm, input, residual, act), ends)
     state = _state(norm, input)
     if ends == FORK:
@@ -102,7 +105,7 @@ def ended_join(
     ends: Any,
 ) -> Ended:
     """:func:`norm_add_norm`, ended as ``ends`` says."""
-    plain = _is_plain(norm) and _is_plain(other_norm)
+    plain = _spans(norm, input) and _spans(other_norm, other)
     if not plain or input.shape != other.shape or input.dtype != other.dtype or input.device != other.device:
         return ended_norm(norm, input, _normalise(other_norm, other, None, None), act, changes, ends)
     arguments = input, other, _state(norm, input), _state(other_norm, other)
@@ -114,7 +117,7 @@ def ended_join(
 def ended_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool, ends: Any) -> Ended:
     """:func:`norm_max_pool`, ended as ``ends`` says."""
     indices = isinstance(pool, nn.MaxPool2d) and pool.return_indices
-    if not _is_plain(norm) or input.dim() != 4 or indices:
+    if not _spans(norm, input) or input.dim() != 4 or indices:
         out = _normalise(norm, input, None, act)
         return end(pool(out) if isinstance(pool, nn.MaxPool2d) else F.max_pool2d(out, *pool), ends)
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
@@ -139,8 +142,7 @@ def norm_linear(input: Tensor, norm: LayerNorm, linear: Linear, act: str | None)
     (shape, ln_weight, ln_bias, eps), (weight, bias) = _norm_arguments(norm), _linear_arguments(linear)
     if _is_usual(input, weight, bias, weight.shape[1:], shape, ln_weight, ln_bias):
         return layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
-    out = _run(linear, _run(norm, input))
-    return torch.relu(out) if act == "relu" else out
+    return _activate(_run(linear, _run(norm, input)), act)
 
 
 def linear_norm(input: Tensor, linear: Linear, norm: LayerNorm, act: str | None) -> Tensor:
@@ -148,8 +150,7 @@ def linear_norm(input: Tensor, linear: Linear, norm: LayerNorm, act: str | None)
     (weight, bias), (shape, ln_weight, ln_bias, eps) = _linear_arguments(linear), _norm_arguments(norm)
     if _is_usual(input, weight, bias, weight.shape[:1], shape, ln_weight, ln_bias):
         return linear_layer_norm_act(input, weight, bias, ln_weight, ln_bias, eps=eps, act=act)
-    out = _run(norm, _run(linear, input))
-    return torch.relu(out) if act == "relu" else out
+    return _activate(_run(norm, _run(linear, input)), act)
 
 
 def linear_norm_add(
@@ -192,14 +193,18 @@ def is_changed(norms: tuple[Any, ...], modules: tuple[Any, ...] = (), classes: t
     for norm in norms:
         if type(norm) not in OWN_NORMS and not is_foreign(norm):
             return True
-    for module, kind in zip(modules, classes, strict=True):
-        if type(module) is not kind:
-            return True
+    if tuple(map(type, modules)) != classes:
+        return True
     for module in norms + modules:
-        if "forward" in module.__dict__:
-            return True
         # In each forward of each block: is_hooked() without the call.
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        own = module.__dict__
+        if (
+            "forward" in own
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
             return True
     return bool(_has_any_global_hook())
 
@@ -222,13 +227,16 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(norm: BatchNorm) -> bool:
-    """Whether the functions that span more than one layer take it; one that ranks share is on its own."""
-    return isinstance(norm, tuple) or type(norm) is BatchNormAct2d
+def _spans(norm: BatchNorm, input: Tensor) -> bool:
+    """Whether a function that spans more than one layer takes it; a norm that ranks share is on its own.
+
+    Where no kernel could run, PyTorch's own layers are called as they are.
+    """
+    return (isinstance(norm, tuple) or type(norm) is BatchNormAct2d) and not takes_reference(input)
 
 
 def _state(norm: BatchNorm, input: Tensor) -> BatchNormState:
-    return BatchNormState(*norm) if isinstance(norm, tuple) else BatchNormState(**batch_norm_state(norm, input))
+    return BatchNormState(*norm) if isinstance(norm, tuple) else batch_norm_state(norm, input)
 
 
 def _act(norm: BatchNorm, act: str | None) -> str | None:
@@ -239,6 +247,8 @@ def _normalise(norm: BatchNorm, input: Tensor, residual: Tensor | None, act: str
     """``act(norm(input) + residual)`` by the layer's own function."""
     if isinstance(norm, tuple):
         return batch_norm(input, norm, act, residual)
+    if type(norm) is BatchNormAct2d:
+        return normalise(input, batch_norm_state(norm, input), residual, _act(norm, act))
     # By keyword: a normalisation that knows neither raises.
     given: dict[str, Any] = {} if residual is None else {"residual": residual}
     if act != OWN_ACT and (act is not None or getattr(norm, "act", None) is not None):
@@ -268,6 +278,13 @@ def _run(layer: Linear | LayerNorm, input: Tensor) -> Tensor:
     return F.linear(input, *layer) if len(layer) == 2 else F.layer_norm(input, *layer)  # pyright: ignore
 
 
+def _activate(out: Tensor, act: str | None) -> Tensor:
+    """``act(out)``, in place where ``out`` is a plain tensor: nobody else has seen it, and no backward reads it."""
+    if act is None:
+        return out
+    return out.relu_() if type(out) is Tensor else torch.relu(out)
+
+
 def _linear_arguments(linear: Linear) -> tuple[Tensor, Tensor | None]:
     return (linear.weight, linear.bias) if isinstance(linear, nn.Module) else linear
 
@@ -286,7 +303,9 @@ def _is_usual(
     ln_bias: Tensor | None,
 ) -> bool:
     """Whether the fused functions take what eager takes; what is unusual, or wrong, is left to eager."""
-    if not isinstance(input, Tensor) or input.is_nested or weight.dim() != 2 or tuple(shape) != tuple(features):
+    if not isinstance(input, Tensor) or takes_reference(input):
+        return False
+    if input.is_nested or weight.dim() != 2 or tuple(shape) != tuple(features):
         return False
     if input.dim() == 0 or input.shape[-1] != weight.shape[1] or not input.is_floating_point():
         return False

@@ -23,6 +23,8 @@ BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ENVIRONMENT: Any = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
 _KEYS = {name: os.environ.encodekey(name) for name in ("FUSEDRES_BACKEND", "FUSEDRES_COOPERATIVE")}
+_BACKEND = _KEYS["FUSEDRES_BACKEND"]
+_LENIENT = (None, *(os.environ.encodevalue(name) for name in ("", "auto", "reference")))  # raise for no tensor
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -45,6 +47,13 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def takes_reference(input: Tensor) -> bool:
+    """Whether no kernel is for tensors where ``input`` is: what a CPU can be told without looking any further."""
+    if torch.compiler.is_compiling() or not input.is_cpu:
+        return False
+    return _ENVIRONMENT.get(_BACKEND) in _LENIENT and not _triton()[1]
+
+
 def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None) -> bool:
     """Whether a call with these tensors, of which ``input`` is the activation, goes to the kernels.
 
@@ -54,6 +63,8 @@ def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers it.
         ValueError: ``FUSEDRES_BACKEND`` is unknown.
     """
+    if takes_reference(input):
+        return False
     given = [input, *[tensor for tensor in others if tensor is not None]]
     reason = refusal(input.device, input.dtype) or reason or _transform_refusal(given)
     for tensor in given:

@@ -43,7 +43,7 @@ def normalise(input: Tensor, norm: tuple[Any, ...], residual: Tensor | None, act
         # The cumulative average; like PyTorch's own module, this reads the counter on the host.
         momentum = 1.0 / float(count) if training and count is not None else 0.0
     # F.batch_norm without its check, which the fused functions have made.
-    out = torch.batch_norm(input, weight, bias, mean, var, training, momentum, eps, torch._C._get_cudnn_enabled())
+    out = torch.batch_norm(input, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
     if residual is not None:
         # Nobody else has seen `out`, and the backward of a normalisation does not read it.
         out = out.add_(residual) if _adds_in_place(out, residual) else out + residual

@@ -12,9 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = {"README.md": 150, "CONTRIBUTING.md": 100}
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
-)
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / folder / "README.md" for folder in ("kernels", "benchmarks")]
 # Lines of the README's table, in order: what `traffic` calls the function.
 WORKLOADS = (

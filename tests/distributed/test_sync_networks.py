@@ -28,7 +28,7 @@ from tests.oracle import assert_network_as_good_as_eager
 from tests.zoo import TOLERANCE, counts, images, randomise, small
 
 SPLIT = (3, 2)
-NORMS = {"small": 20, "preact": 7}
+NORMS = {"small": 12, "preact": 7}
 
 
 def preact() -> nn.Module:
@@ -101,7 +101,7 @@ def in_fsdp(rank: int) -> dict[str, Any]:
         if isinstance(block, models.Bottleneck):
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert counts(model)["bn_add_act"] == 5
+    assert counts(model)["bn_add_act"] == 3
     return {"small FSDP2": train(model, *batch(rank), RANKS)}
 
 
@@ -206,7 +206,6 @@ def test_two_collectives_a_layer(found, name):
 
 
 def test_the_same_modules():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm2d(4), fusedres.nn.BatchNormAct2d(4), nn.SyncBatchNorm(4))
     norms, state = list(model), {name: value.clone() for name, value in model.state_dict().items()}
     parameters, seen = list(model.parameters()), []

@@ -16,11 +16,7 @@ from tests.fusion.captured import Recorder
 from tests.zoo import TOLERANCE, images, randomise
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Model(nn.Module):

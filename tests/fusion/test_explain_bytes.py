@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import fusedres
 from fusedres import models
 from tests import zoo
-from tests.fusion.linear_parts import block_of
+from tests.fusion import linear_parts
+from tests.fusion.blocks import block_of
 
 SHAPE = (2, 8, 4, 4)
 ELEMENTS = 2 * 8 * 4 * 4
@@ -28,7 +29,7 @@ class Block(nn.Module):
 
 
 def block_with(forward: Any) -> Any:
-    return type("Block", (Block,), {"forward": forward})()
+    return block_of(forward, Block).float()
 
 
 FORWARDS: dict[str, Any] = {
@@ -188,7 +189,7 @@ LINEAR: dict[str, tuple[Any, int, int]] = {
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_layers(name):
     forward, training, inference = LINEAR[name]
-    model = block_of(forward).float()
+    model = linear_parts.block_of(forward).float()
     features = model.fc.in_features
     passes = M * features * 4
     assert saved(model, (M, features)) == {"ln": training * passes}

@@ -16,11 +16,6 @@ from tests.fusion.linear_parts import LINEAR_LN, LN_LINEAR, block_of
 from tests.zoo import counts
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def test_reasons_name_the_variant(monkeypatch):
     monkeypatch.setenv("FUSEDRES_BACKEND", "auto")
     model = nn.ModuleDict(

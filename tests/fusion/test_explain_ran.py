@@ -16,10 +16,7 @@ from tests.zoo import images, randomise
 NAMES = ["densenet", "resnet", "fcn", "timm resnet", "timm resnetv2", "timm densenet"]
 
 
-@pytest.fixture(autouse=True)
-def _reference(monkeypatch) -> None:
-    monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def dla() -> nn.Module:

@@ -17,11 +17,6 @@ from tests.fusion.linear_parts import LINEAR_LN, LN_LINEAR, assert_found, assert
 from tests.zoo import assert_same_steps, counts
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def mlp(width: int = 8, depth: int = 3) -> nn.Sequential:
     layers = [nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU()) for _ in range(depth)]
     return nn.Sequential(*(layer for triple in layers for layer in triple), nn.Linear(width, 2))

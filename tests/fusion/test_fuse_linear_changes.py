@@ -21,11 +21,6 @@ from tests.fusion.linear_parts import BUILDS, LINEAR_LN, LN_LINEAR, block_of, pl
 from tests.zoo import TOLERANCE, assert_same_steps, counts
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("build", BUILDS)
 def test_twice_is_once_and_unfuse_restores(build):
     model = build()

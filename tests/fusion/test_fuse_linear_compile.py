@@ -15,12 +15,7 @@ from tests.fusion.linear_parts import BUILDS, rows
 from tests.zoo import TOLERANCE, assert_same_steps
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("build", BUILDS)

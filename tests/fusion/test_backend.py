@@ -206,14 +206,20 @@ def test_autocast(inside):
     torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.usefixtures("triton_backend")
 def test_inductor():
-    model = Whole(nn.BatchNorm2d(3), nn.ReLU()).eval()
+    """Kernels in Inductor's code, and statistics updated once a call; without a backward, which is slow to compile."""
+    model = Whole(nn.BatchNorm2d(3), nn.ReLU())
+    reference, x = copy.deepcopy(model), torch.randn(2, 3, 5, 5)
     compiled = torch.compile(model, backend=compile_fused, fullgraph=True)
-    x = torch.randn(2, 3, 5, 5)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), reference(x), rtol=1e-4, atol=1e-4)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_backend")
 def test_inductor_trains(caplog):
     """Two steps in one graph: kernels in Inductor's code, and statistics updated once a step."""

@@ -1,4 +1,7 @@
-"""Whole networks over two ranks equal one process with the whole batch: DDP, FSDP2, torch.compile, subgroups."""
+"""Whole networks over two ranks equal one process with the whole batch: DDP, FSDP2, subgroups.
+
+Compiled ones are in test_sync_training.py, compiled layers in test_sync_batch_norm.py.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,7 @@ import fusedres
 from fusedres import models
 from fusedres.nn import SyncBatchNormAct
 from tests.distributed.ranks import RANKS, run_ranks
+from tests.fusion.trained import Decided
 from tests.oracle import assert_network_as_good_as_eager
 from tests.zoo import TOLERANCE, counts, images, randomise, small
 
@@ -32,7 +35,7 @@ NORMS = {"small": 12, "preact": 7}
 
 
 def preact() -> nn.Module:
-    return randomise(models.PreActResNet(models.PreActBasicBlock, [1, 2], 5, width=4, small_input=True))
+    return randomise(models.PreActResNet(models.PreActBasicBlock, [1, 2], 5, width=8, small_input=True))
 
 
 def batch(rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -60,11 +63,11 @@ def train(model: nn.Module, x: Tensor, cotangent: Tensor, average: int = 1) -> d
 
 
 def _bare(name: str) -> str:
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    return name.removeprefix("module.")
 
 
 def build(name: str) -> nn.Module:
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # 0 and 1 have values at the edge of a ReLU
     return {"small": small, "preact": preact}[name]()
 
 
@@ -103,16 +106,6 @@ def in_fsdp(rank: int) -> dict[str, Any]:
     fully_shard(model, mesh=mesh)
     assert counts(model)["bn_add_act"] == 3
     return {"small FSDP2": train(model, *batch(rank), RANKS)}
-
-
-def compiled(rank: int) -> dict[str, Any]:
-    model, counter = converted("preact"), CompileCounterWithBackend("aot_eager")
-    results = train(torch.compile(DistributedDataParallel(model).module, backend=counter, fullgraph=True), *batch(rank))
-    assert counter.frame_count == 2, "one graph for training, one for evaluation"
-    for name, value in results.items():
-        if name.startswith("grad "):
-            dist.all_reduce(value)
-    return {"preact compiled": results}
 
 
 def with_subgroups(rank: int) -> dict[str, Any]:
@@ -159,7 +152,7 @@ class _Collectives(TorchDispatchMode):
 
 
 def everything(rank: int) -> dict[str, Any]:
-    networks = in_ddp(rank) | in_fsdp(rank) | compiled(rank) | with_subgroups(rank)
+    networks = in_ddp(rank) | in_fsdp(rank) | with_subgroups(rank)
     return {"networks": networks, "kernels": with_kernels(rank), "collectives": collectives(rank)}
 
 
@@ -170,9 +163,7 @@ def found() -> list[dict[str, Any]]:
         return run_ranks(everything)
 
 
-RUNS = [
-    *(f"{name} {way.__name__}" for name, way in IN_DDP), "small FSDP2", "preact compiled", "small group",
-]  # fmt: skip
+RUNS = [*(f"{name} {way.__name__}" for name, way in IN_DDP), "small FSDP2", "small group"]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -189,7 +180,8 @@ def test_as_one_process(found, run):
 
 def test_kernels_as_one_process(found):
     x, cotangent = batch()
-    exact = train(build("preact"), x.float().double(), cotangent.float().double())
+    with Decided():
+        exact = train(build("preact"), x.float().double(), cotangent.float().double())
     eager = train(build("preact").float(), x.float(), cotangent.float())
     one, other = (results["kernels"] for results in found)
     ours = {

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from tests.fusion.captured import Recorder
 from tests.zoo import TOLERANCE, images, randomise
 
-
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 

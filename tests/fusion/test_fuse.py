@@ -17,7 +17,6 @@ from tests.fusion.test_networks import BASIC, NETWORKS
 from tests.zoo import TOLERANCE, assert_same_steps, counts, images, randomise, small, step
 
 
-
 def torchvision_resnet() -> nn.Module:
     models = zoo.torchvision_models()
     return models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 2], num_classes=5)

@@ -13,7 +13,6 @@ import fusedres
 from tests import zoo
 from tests.zoo import TOLERANCE, assert_same_steps, images, randomise, small
 
-
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 

@@ -21,7 +21,6 @@ from tests.fusion.linear_parts import (
 )
 from tests.zoo import TOLERANCE, counts
 
-
 # Whose results in short dtypes are eager's to the last bit.
 pytestmark = pytest.mark.usefixtures("reference_backend")
 

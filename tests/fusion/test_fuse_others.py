@@ -160,7 +160,11 @@ def test_linear_layers_of_scripted_models_are_named():
 
 @pytest.mark.parametrize(
     ("build", "shape"),
-    [(zoo.small, zoo.SMALL_INPUT), (zoo.mlp, (4, 12)), (lambda: models.preact_resnet_cifar(8, width=4), zoo.SMALL_INPUT)],
+    [
+        (zoo.small, zoo.SMALL_INPUT),
+        (zoo.mlp, (4, 12)),
+        (lambda: models.preact_resnet_cifar(8, width=4), zoo.SMALL_INPUT),
+    ],
 )
 def test_models_on_the_meta_device(build, shape):
     real = build().float()

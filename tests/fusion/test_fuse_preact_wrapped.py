@@ -20,7 +20,6 @@ from tests.fusion.test_fuse_compile import assert_two_graphs
 from tests.fusion.test_fuse_preact import Listed, Projection, hand, native
 from tests.zoo import TOLERANCE, assert_same_steps, counts, images, randomise
 
-
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 

@@ -8,7 +8,6 @@ import logging
 import random
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest

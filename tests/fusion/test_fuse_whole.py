@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import models
 from tests import zoo
 from tests.fusion.blocks import block_of
-from tests.zoo import assert_same_steps, conv, counts, images, randomise, step
+from tests.zoo import assert_same_steps, counts, images, step
 
 SHAPE = (2, 4, 9, 7)
 

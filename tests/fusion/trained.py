@@ -44,7 +44,7 @@ def recorded_layers() -> Iterator[Counter[str]]:
         yield seen
 
 
-class _Decided(TorchDispatchMode):
+class Decided(TorchDispatchMode):
     """Refuses values in front of a ReLU that rounding may move to its other side: their gradient would be chance."""
 
     seen = 0
@@ -75,7 +75,7 @@ def train(model: nn.Module, x: Tensor, form: torch.memory_format = torch.contigu
 def check_network(model: nn.Module, x: Tensor, form: torch.memory_format) -> Counter[str]:
     """Fuse and train it in float32: as good as eager. The layers that the kernels ran."""
     with mock.patch.dict("os.environ", FUSEDRES_BACKEND="reference"):  # some have modules of ours from the start
-        with _Decided() as decided:
+        with Decided() as decided:
             exact = train(copy.deepcopy(model).double(), x.double())
         assert decided.seen
         eagers = [train(copy.deepcopy(model), x, each) for each in FORMATS]

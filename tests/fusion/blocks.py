@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.zoo import conv, randomise
 
@@ -34,6 +36,21 @@ class Passing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * 2
+
+
+class _Clones(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+def clones(block: nn.Module, x: Tensor) -> int:
+    """How many copies of a tensor a forward makes."""
+    with torch.no_grad(), _Clones() as mode:
+        block(x)
+    return mode.count
 
 
 def block_of(forward: Callable[..., object], parts: type[nn.Module] = Parts) -> Any:

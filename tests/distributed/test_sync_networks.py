@@ -151,6 +151,7 @@ class _Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@mock.patch.dict(os.environ, FUSEDRES_BACKEND="reference")
 def everything(rank: int) -> dict[str, Any]:
     networks = in_ddp(rank) | in_fsdp(rank) | with_subgroups(rank)
     return {"networks": networks, "kernels": with_kernels(rank), "collectives": collectives(rank)}
@@ -158,9 +159,7 @@ def everything(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FUSEDRES_BACKEND", "reference")
-        return run_ranks(everything)
+    return run_ranks(everything)
 
 
 RUNS = [*(f"{name} {way.__name__}" for name, way in IN_DDP), "small FSDP2", "small group"]

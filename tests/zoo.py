@@ -332,10 +332,6 @@ def hand_resnet34(block: type[nn.Module] = ResBlock, **kwargs) -> HandResNet:
     return HandResNet(block, [3, 4, 6, 3], **kwargs)
 
 
-def hand_resnet50(**kwargs) -> HandResNet:
-    return HandResNet(HandBottleneck, [3, 4, 6, 3], **kwargs)
-
-
 def randomise(model: nn.Module) -> nn.Module:
     """float64, with normalisations that are not the identity."""
     for module in model.modules():

@@ -12,7 +12,7 @@ from tests import zoo, zoo_public
 from tests.fusion.ran import assert_true, said
 from tests.zoo import images, randomise
 
-NAMES = ["densenet", "resnet", "deeplabv3", "timm resnet", "timm resnetv2", "timm densenet"]
+NAMES = ["densenet", "resnet", "timm resnet", "timm resnetv2", "timm densenet"]
 
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
@@ -35,7 +35,9 @@ def images_net() -> dict[str, Callable[[], nn.Module]]:
 NETS = images_net()
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "timm dla" else ()) for name in NETS]
+)
 def test_rows_are_what_runs(name):
     model = randomise(NETS[name]())
     before = said(model)

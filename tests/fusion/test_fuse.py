@@ -28,7 +28,7 @@ def user_built() -> nn.Module:
 
 
 FOUR_STAGES = {"bn_act_maxpool": 1, "bn_act": 10, "bn_add_bn_act": 4, "bn_add_act_avgpool": 1}
-# Ways of writing a network, and what is in each: those of test_networks, whose depth is enough for every pattern, and
+# Networks as people write them, and what is found in each.
 ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
     name: (network.build, network.shape, network.layers) for name, network in NETWORKS.items()
 } | {

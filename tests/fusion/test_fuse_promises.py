@@ -44,6 +44,8 @@ def _vision() -> nn.Module:
 
 BUILDS: dict[str, Callable[[], nn.Module]] = {"torchvision": _vision, "timm ReLU": _timm, "timm LeakyReLU": _csp}
 builds = pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+# For what test_fuse.py and test_fuse_compile.py look at with PyTorch's own norms.
+timms = pytest.mark.parametrize("build", [_timm, _csp])
 pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
@@ -92,7 +94,7 @@ def test_averaged_model_and_update_bn(build):
     assert momenta == {0.1}  # None while the statistics were made: the cumulative average
 
 
-@builds
+@timms
 def test_averages_of_timms(build):
     zoo.timm_models()
     from timm.utils.model_ema import ModelEmaV3
@@ -162,7 +164,7 @@ def test_copies_are_fused_and_unfuse(build, how):
     assert calls.ours == 0
 
 
-@builds
+@timms
 def test_checkpoints_load_both_ways(build, tmp_path):
     fused, reference = both(build)
     other, _ = both(build)
@@ -172,7 +174,7 @@ def test_checkpoints_load_both_ways(build, tmp_path):
         assert_same_state(target, source)
 
 
-@builds
+@timms
 def test_export(build):
     fused, reference = both(build)
     x = images(2, 3, 32, 32)
@@ -180,7 +182,7 @@ def test_export(build):
     torch.testing.assert_close(exported(x), reference.eval()(x), **TOLERANCE)
 
 
-@pytest.mark.parametrize("build", [_timm, _csp])
+@timms
 def test_ddp_and_fsdp_of_timms(group, build):
     fused, reference = both(build)
     sharded, x = copy.deepcopy(fused), images(2, 3, 32, 32)
@@ -196,7 +198,7 @@ def test_ddp_and_fsdp_of_timms(group, build):
         torch.testing.assert_close(theirs.grad.full_tensor(), its.grad, **TOLERANCE)
 
 
-@pytest.mark.parametrize("build", [_timm, _csp])
+@timms
 def test_pytorchs_conversion_never_drops_an_activation(build):
     """It would, as it does from timm's own; timm's keeps them."""
     fused, _ = both(build)
@@ -219,7 +221,7 @@ def test_timms_norms_run_in_kernels():
     assert seen == {"bn": 14, "backward": 14}  # LeakyReLU is not in the kernels
 
 
-@pytest.mark.parametrize("build", [_timm, _csp])
+@timms
 def test_timms_norms(build):
     """Hooks, other activations, filters and explanations."""
     fused, reference = both(build)

@@ -238,7 +238,7 @@ def returns_several(self, x):
 
 
 def test_containers_of_the_forwards_own_are_no_obstacle():
-    block, x = block_of(returns_several), images(2, 4, 5, 5)
+    block, x = block_of(returns_several, Parts), images(2, 4, 5, 5)
     reference = copy.deepcopy(block)
     assert counts(fusedres.fuse(block)) == {"bn_act": 2}
     assert_same_steps(block, reference, x)

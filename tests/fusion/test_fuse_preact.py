@@ -128,6 +128,7 @@ SEEDS = {"cifar": 0, "nn-bottleneck": 0, "hand-basic": 1, "projection": 0, "list
 
 
 @pytest.mark.floor
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("name", SEEDS)
 def test_oracle(name):
     """In float32 through the kernels, as good as eager."""

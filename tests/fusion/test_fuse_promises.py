@@ -215,6 +215,7 @@ def test_pytorchs_conversion_never_drops_an_activation(build):
     torch.testing.assert_close(converted(x), reference.eval()(x), **TOLERANCE)
 
 
+@pytest.mark.usefixtures("triton_backend")
 def test_timms_norms_run_in_kernels():
     torch.manual_seed(1)
     seen = check_network(randomise(_csp()).float(), torch.randn(2, 3, 32, 32), torch.contiguous_format)

@@ -16,7 +16,7 @@ from tests import zoo
 from tests.fusion.trained import check_network, recorded_layers
 from tests.oracle import assert_as_good_as_eager
 
-pytestmark = pytest.mark.floor
+pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ DEEP = {
 @pytest.mark.parametrize(
     "name", ["bottleneck", "projection block", *(pytest.param(name, marks=pytest.mark.slow) for name in DEEP)]
 )
-def test_inference(name, triton_backend):
+def test_inference(name):
     network = (NETWORKS | DEEP)[name]
     model, x = built(network)
     model.eval()

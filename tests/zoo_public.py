@@ -91,7 +91,6 @@ ONES = [1, 1, 1, 1]
 # these in their widths, groups and activations alone, or have other layers around the same blocks, are in full() only.
 SMALL = {
     "densenet": Entry(_densenet),
-    "mobilenet_v3": Entry(_vision("mobilenet_v3_small", width_mult=0.5)),
     "regnet": Entry(_regnet),
     "resnet": Entry(lambda: _resnet(width_per_group=16)),
     "shufflenet": Entry(_vision("shufflenet_v2_x0_5")),

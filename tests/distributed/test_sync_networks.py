@@ -237,13 +237,13 @@ def test_what_else_a_norm_does_is_not_lost():
     assert type(model[0]) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("way", WAYS[:2])
-def test_fused_as_before(way):
+@pytest.mark.parametrize(("way", "name"), [(converted, "small"), (fused_after, "small"), (converted, "preact")])
+def test_fused_as_before(way, name):
     """But for what takes two BatchNorms, or their output and a pooling."""
-    apart = {"stem", "join", "fork", "head"}
-    assert counts(way("small")) == counts(fusedres.fuse(build("small"), disable=apart))
-    assert counts(way("preact")) == counts(fusedres.fuse(build("preact"), disable=apart))
-    assert counts(fusedres.fuse(way("small"))) == counts(way("small"))
+    model = way(name)
+    found = counts(model)
+    assert found == counts(fusedres.fuse(build(name), disable={"stem", "join", "fork", "head"}))
+    assert counts(fusedres.fuse(model)) == found
 
 
 def test_pytorchs_converter_keeps_every_relu():

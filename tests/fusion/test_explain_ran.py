@@ -12,7 +12,7 @@ from tests import zoo, zoo_public
 from tests.fusion.ran import assert_true, said
 from tests.zoo import images, randomise
 
-NAMES = ["densenet", "resnet", "timm resnet", "timm resnetv2", "timm densenet"]
+NAMES = ["densenet", "resnet", "timm resnet", "timm resnetv2", "timm densenet", "timm cspresnet"]
 
 
 pytestmark = pytest.mark.usefixtures("reference_backend")

@@ -222,10 +222,9 @@ def test_timms_norms_run_in_kernels():
     assert seen == {"bn": 14, "backward": 14}  # LeakyReLU is not in the kernels
 
 
-@timms
-def test_timms_norms(build):
+def test_timms_norms():
     """Hooks, other activations, filters and explanations."""
-    fused, reference = both(build)
+    fused, reference = both(_timm)
     assert {row["path"] for row in fusedres.explain(fused).rows} == {"reference"}
     assert fusedres.explain(reference).rows == fusedres.explain(fused).rows
     seen: list[str] = []
@@ -238,5 +237,5 @@ def test_timms_norms(build):
     assert_same_steps(fused, reference, images(2, 3, 32, 32))
     assert seen == ["act", "norm"] * 6
     first = next(name for name, module in reference.named_modules() if isinstance(module, nn.BatchNorm2d))
-    left = fusedres.fuse(build(), lambda module, name: name != first)
+    left = fusedres.fuse(_timm(), lambda module, name: name != first)
     assert {row["module"] for row in fusedres.explain(left).rows if row["path"] == "eager"} == {first}

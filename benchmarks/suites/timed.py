@@ -1,4 +1,4 @@
-"""Timings of layers and models, training and inference, every provider interleaved in one run."""
+"""Timings of layers and models, training and inference, providers interleaved with the baseline in one run."""
 
 from __future__ import annotations
 

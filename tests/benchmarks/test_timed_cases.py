@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,13 @@ import torch
 from torch import nn
 
 pytest.importorskip("rich")
-from benchmarks import parity
+from rich.console import Console
+
+from benchmarks import parity, results
 from benchmarks.providers import BASELINE, PROVIDERS, Provider
+from benchmarks.suite import drive
 from benchmarks.suites import timed
+from benchmarks.suites.timed import Timed
 from benchmarks.timing import Batch
 from tests.benchmarks.test_timed import BLOCK, GPU, REQUEST, measure, quickly
 
@@ -85,3 +90,25 @@ def test_on_a_gpu_networks_are_measured_a_provider_at_a_time():
     assert [p.name for p in alone.providers] == [BASELINE]
     [together, *_] = timed.plan("kernels", replace(request, providers=tuple(names)))
     assert len(together.providers) == 3
+
+
+def test_an_interruption_keeps_the_providers_before(tmp_path: Path):
+    """The same command goes on from there, and shows each row once."""
+
+    def stop(model: nn.Module) -> nn.Module:
+        raise KeyboardInterrupt
+
+    def measured(prepare: Callable[[nn.Module], nn.Module]) -> list[str]:
+        others = [PROVIDERS["fusedres"], Provider("another", True, prepare)]
+        cases = [Timed("models", BLOCK, 2, tuple(p)) for p in timed._pairs(BLOCK, [PROVIDERS[BASELINE], *others])]
+        return [row.provider for row in drive(suite, request, cases, Console(quiet=True))]
+
+    [suite] = (suite for suite in timed.TIMED_SUITES if suite.name == "models")
+    request = replace(REQUEST, folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        measured(stop)
+    before = results.read(suite.path(request))
+    assert [row.provider for row in before] == [BASELINE, "fusedres"] * 2
+    assert measured(lambda model: model) == [BASELINE, "fusedres"] * 2 + ["another"] * 2
+    fused = [row for row in results.read(suite.path(request)) if row.provider == "fusedres"]
+    assert fused == [row for row in before if row.provider == "fusedres"], "not measured again"

@@ -111,7 +111,7 @@ def drive(suite: Suite, request: Request, cases: Sequence[Case], console: Consol
             else:
                 results.append(path, row)
             progress.update(task, advance=1, description=f"{suite.name}: {row.workload} {row.mode}")
-    keys = [key for case in cases for key in case.keys]
+    keys = list(dict.fromkeys(key for case in cases for key in case.keys))
     results.tidy(path, keys if request.fresh and request.whole else None)
     rows = unmeasured | {row.key: row for row in results.read(path)}
     shown = [rows[key] for key in keys if key in rows]

@@ -31,10 +31,12 @@ def batch_norm_act(
 ) -> Tensor:
     """``act(batch_norm(input) + residual)``; arguments as :func:`fusedres.functional.batch_norm_act`."""
     norm = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
-    return normalise(input, norm, residual, act)
+    return normalise(input, norm, residual=residual, act=act)
 
 
-def normalise(input: Tensor, norm: tuple[Any, ...], residual: Tensor | None, act: str | None) -> Tensor:
+def normalise(
+    input: Tensor, norm: tuple[Any, ...], *, residual: Tensor | None = None, act: str | None = None
+) -> Tensor:
     """:func:`batch_norm_act`; ``norm`` holds its arguments after ``input`` and ``num_batches_tracked``."""
     mean, var, weight, bias, training, momentum, eps, count = norm
     if training and count is not None:
@@ -98,12 +100,16 @@ def add_batch_norm_act(
     num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(s, act(batch_norm(s)))`` of ``s = input + residual``, as :func:`fusedres.functional.add_batch_norm_act`."""
+    norm = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+    return add_normalise(input, residual, norm, act=act)
+
+
+def add_normalise(
+    input: Tensor, residual: Tensor, norm: tuple[Any, ...], *, act: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_batch_norm_act`, with ``norm`` as in :func:`normalise`."""
     total = input + residual
-    out = batch_norm_act(
-        total, running_mean, running_var, weight, bias, training, momentum, eps,
-        act=act, num_batches_tracked=num_batches_tracked,
-    )  # fmt: skip
-    return total, out
+    return total, normalise(total, norm, act=act)
 
 
 def batch_norm_act_conv2d(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedres import reference
@@ -124,7 +123,7 @@ def full() -> dict[str, Entry]:
 
 @dataclass
 class Calls:
-    """Of 2d BatchNorms, as ``F.batch_norm`` sees them: all, and those from fusedres."""
+    """Of 2d BatchNorms, as ``torch.batch_norm`` sees them: all, and those from fusedres."""
 
     all: int = 0
     ours: int = 0
@@ -133,7 +132,7 @@ class Calls:
 @contextmanager
 def counted_calls() -> Iterator[Calls]:
     calls = Calls()
-    normalise, ours = F.batch_norm, reference.batch_norm_act
+    normalise, ours = torch.batch_norm, reference.normalise
 
     def count(input: Tensor, *args: object, **kwargs: object) -> Tensor:
         calls.all += input.dim() == 4
@@ -143,7 +142,7 @@ def counted_calls() -> Iterator[Calls]:
         calls.ours += input.dim() == 4
         return ours(input, *args, **kwargs)
 
-    with mock.patch.object(F, "batch_norm", count), mock.patch.object(reference, "batch_norm_act", count_ours):
+    with mock.patch.object(torch, "batch_norm", count), mock.patch.object(reference, "normalise", count_ours):
         yield calls
 
 

@@ -17,14 +17,13 @@ from fusedres.functional import (
     autocasts,
     batch_norm_act_conv2d,
     batch_norm_act_global_avg_pool2d,
-    batch_norm_act_max_pool2d,
     batch_norm_add_batch_norm_act,
     forked_batch_norm_act,
-    forked_batch_norm_act_max_pool2d,
     forked_batch_norm_add_batch_norm_act,
     layer_norm_linear_act,
     linear_layer_norm_act,
     normalise,
+    normalise_max_pool2d,
     takes_reference,
 )
 from fusedres.fusion.foreign import is_foreign
@@ -70,7 +69,7 @@ def norm_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool
 
 def norm_conv(norm: BatchNorm, input: Tensor, act: str | None, conv: nn.Conv2d) -> Tensor:
     """``conv(act(norm(input)))``; the convolution's input is not kept for the backward but computed again."""
-    if not _spans(norm, input) or input.dim() != 4 or conv.padding_mode != "zeros":
+    if not _is_plain(norm) or input.dim() != 4 or conv.padding_mode != "zeros":
         return conv(_normalise(norm, input, None, act))
     state = _state(norm, input)
     return batch_norm_act_conv2d(
@@ -84,7 +83,7 @@ def ended_norm(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, c
     if residual is not None and not _can_add(input, residual, changes):
         out = _add(_normalise(norm, input, None, None), residual, changes)
         return end(torch.relu(out) if _act(norm, act) == "relu" else out, ends)
-    if ends not in (FORK, POOL) or not _spans(norm, input) or (ends == POOL and input.dim() != 4):
+    if ends not in (FORK, POOL) or not _is_plain(norm) or (ends == POOL and input.dim() != 4):
         return end(_normalise(norm, input, residual, act), ends)
     state = _state(norm, input)
     if ends == FORK:
@@ -105,7 +104,7 @@ def ended_join(
     ends: Any,
 ) -> Ended:
     """:func:`norm_add_norm`, ended as ``ends`` says."""
-    plain = _spans(norm, input) and _spans(other_norm, other)
+    plain = _is_plain(norm) and _is_plain(other_norm)
     if not plain or input.shape != other.shape or input.dtype != other.dtype or input.device != other.device:
         return ended_norm(norm, input, _normalise(other_norm, other, None, None), act, changes, ends)
     arguments = input, other, _state(norm, input), _state(other_norm, other)
@@ -117,17 +116,13 @@ def ended_join(
 def ended_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool, ends: Any) -> Ended:
     """:func:`norm_max_pool`, ended as ``ends`` says."""
     indices = isinstance(pool, nn.MaxPool2d) and pool.return_indices
-    if not _spans(norm, input) or input.dim() != 4 or indices:
+    if not _is_plain(norm) or input.dim() != 4 or indices:
         out = _normalise(norm, input, None, act)
         return end(pool(out) if isinstance(pool, nn.MaxPool2d) else F.max_pool2d(out, *pool), ends)
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    given = tuple(getattr(pool, name) for name in names) if isinstance(pool, nn.MaxPool2d) else pool
-    window: Any = dict(zip(names, given, strict=True))
-    state = _state(norm, input)
-    if ends == FORK:
-        return forked_batch_norm_act_max_pool2d(input, state, act=_act(norm, act), **window)
-    out = batch_norm_act_max_pool2d(input, *state[:7], act=_act(norm, act), **window, num_batches_tracked=state[7])
-    return end(out, ends)
+    if isinstance(pool, nn.MaxPool2d):
+        pool = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+    out, fork = normalise_max_pool2d(input, _state(norm, input), _act(norm, act), pool, fork=ends == FORK)
+    return (out, fork) if ends == FORK else end(out, ends)
 
 
 def end(out: Tensor, ends: Any) -> Ended:
@@ -227,12 +222,9 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _spans(norm: BatchNorm, input: Tensor) -> bool:
-    """Whether a function that spans more than one layer takes it; a norm that ranks share is on its own.
-
-    Where no kernel could run, PyTorch's own layers are called as they are.
-    """
-    return (isinstance(norm, tuple) or type(norm) is BatchNormAct2d) and not takes_reference(input)
+def _is_plain(norm: BatchNorm) -> bool:
+    """Whether the functions that span more than one layer take it; one that ranks share is on its own."""
+    return isinstance(norm, tuple) or type(norm) is BatchNormAct2d
 
 
 def _state(norm: BatchNorm, input: Tensor) -> BatchNormState:

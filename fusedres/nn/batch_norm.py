@@ -11,7 +11,7 @@ from fusedres.functional import (
     ACTIVATIONS,
     BatchNormState,
     Extent,
-    add_batch_norm_act,
+    add_normalise,
     batch_norm_act_max_pool2d,
     normalise,
 )
@@ -19,7 +19,7 @@ from fusedres.nn.scripting import Unscriptable
 
 # Seen by torch.fx as one call, so that a symbolic trace of a fused model does not enter the validation.
 torch.fx.wrap("normalise")
-torch.fx.wrap("add_batch_norm_act")
+torch.fx.wrap("add_normalise")
 torch.fx.wrap("batch_norm_act_max_pool2d")
 
 _OWN = "own"  # `act` left out of a call: the module's own
@@ -81,11 +81,8 @@ class BatchNormAct2d(_BatchNormWithAct):
 
     def add(self, input: Tensor, residual: Tensor, *, act: str | None = _OWN) -> tuple[Tensor, Tensor]:
         """``(s, self(s))`` of ``s = input + residual``, see :func:`fusedres.functional.add_batch_norm_act`."""
-        state = batch_norm_state(self, input)
-        return add_batch_norm_act(
-            input, residual, *state[:7], act=self.act if act == _OWN else act, num_batches_tracked=state[7],
-            group=self._group(),
-        )  # fmt: skip
+        act = self.act if act == _OWN else act
+        return add_normalise(input, residual, batch_norm_state(self, input), act, self._group())
 
     def _group(self) -> Any:
         """The ranks over whose batches the statistics are taken."""
@@ -150,8 +147,10 @@ def batch_norm_state(norm: nn.BatchNorm2d, input: Tensor) -> BatchNormState:
     tracking = training and norm.track_running_stats
     # Past Module.__getattr__, which takes longer than all else here; a parametrized weight is no parameter.
     parameters, buffers = norm._parameters, norm._buffers
-    weight = parameters["weight"] if "weight" in parameters else norm.weight
-    bias = parameters["bias"] if "bias" in parameters else norm.bias
+    if "weight" in parameters and "bias" in parameters:
+        weight, bias = parameters["weight"], parameters["bias"]
+    else:
+        weight, bias = norm.weight, norm.bias
     mean, var = (buffers["running_mean"], buffers["running_var"]) if tracking or not training else (None, None)
     count = buffers["num_batches_tracked"] if tracking else None
     return BatchNormState(mean, var, weight, bias, training or mean is None, norm.momentum, norm.eps, count)

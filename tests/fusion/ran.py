@@ -25,8 +25,8 @@ def _ours(kwargs: dict[str, Any]) -> str:
 
 # How many arguments are activations, what the call is named, and its path.
 FUNCTIONS: dict[tuple[Any, str], tuple[int, Callable[[dict[str, Any]], str], str]] = {
-    (reference, "batch_norm_act"): (1, _ours, "reference"),
-    (reference, "add_batch_norm_act"): (2, lambda kwargs: f"add_{_ours(kwargs)}", "reference"),
+    (reference, "normalise"): (1, _ours, "reference"),
+    (reference, "add_normalise"): (2, lambda kwargs: f"add_{_ours(kwargs)}", "reference"),
     (reference, "batch_norm_act_conv2d"): (1, _ours, "reference"),
     (reference, "add_batch_norm_act_conv2d"): (2, lambda kwargs: f"add_{_ours(kwargs)}", "reference"),
     (reference, "batch_norm_act_max_pool2d"): (1, lambda kwargs: f"{_ours(kwargs)}_maxpool", "reference"),

@@ -45,7 +45,8 @@ def normalise(
         # The cumulative average; like PyTorch's own module, this reads the counter on the host.
         momentum = 1.0 / float(count) if training and count is not None else 0.0
     # F.batch_norm without its check, which the fused functions have made.
-    out = torch.batch_norm(input, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
+    cudnn = not input.is_cpu and torch.backends.cudnn.enabled
+    out = torch.batch_norm(input, weight, bias, mean, var, training, momentum, eps, cudnn)
     if residual is not None:
         # Nobody else has seen `out`, and the backward of a normalisation does not read it.
         out = out.add_(residual) if _adds_in_place(out, residual) else out + residual
@@ -177,11 +178,15 @@ def batch_norm_act_max_pool2d(
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """``max_pool2d(act(batch_norm(input)))``, as :func:`fusedres.functional.batch_norm_act_max_pool2d`."""
-    out = batch_norm_act(
-        input, running_mean, running_var, weight, bias, training, momentum, eps,
-        act=act, num_batches_tracked=num_batches_tracked,
-    )  # fmt: skip
-    return F.max_pool2d(out, kernel_size, stride, padding, dilation, ceil_mode)
+    norm = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+    return normalise_max_pool2d(input, norm, (kernel_size, stride, padding, dilation, ceil_mode), act=act)
+
+
+def normalise_max_pool2d(
+    input: Tensor, norm: tuple[Any, ...], window: tuple[Any, ...], *, act: str | None = None
+) -> Tensor:
+    """:func:`batch_norm_act_max_pool2d`, with ``norm`` as in :func:`normalise`."""
+    return F.max_pool2d(normalise(input, norm, act=act), *window)
 
 
 def batch_norm_add_batch_norm_act(

@@ -71,16 +71,15 @@ def normalise_max_pool2d(
     alone. Neither name may be written to.
     """
     pooling = check_pooling(input, *window)
+    if takes_reference(input) and is_usual(input, norm, None, act):
+        out = reference.normalise_max_pool2d(input, norm, pooling, act=act)
+        return out, out
     mean, var, weight, bias, training, momentum, eps, count = norm
-    if not (usual := takes_reference(input) and is_usual(input, norm, None, act)):
-        check_batch_norm(input, norm, None, act)
-    covered = not usual and use_kernels(
-        input, *norm.tensors, reason=pool_refusal(pooling.kernel_size, pooling.dilation, pooling.ceil_mode)
-    )
+    check_batch_norm(input, norm, None, act)
+    refused = pool_refusal(pooling.kernel_size, pooling.dilation, pooling.ceil_mode)
+    covered = use_kernels(input, *norm.tensors, reason=refused)
     if not covered or eager_is_faster(input, "bn+relu+maxpool", training, momentum):
-        out = reference.batch_norm_act_max_pool2d(
-            input, *norm[:7], act=act, **pooling._asdict(), num_batches_tracked=count
-        )  # fmt: skip
+        out = reference.normalise_max_pool2d(input, norm, pooling, act=act)
         return out, out
     save_for_backward = needs_grad(input, weight, bias)
     fork = fork and save_for_backward

@@ -211,7 +211,7 @@ def check_pooling(
     if list in map(type, window):  # which cannot be looked up
         window = tuple(tuple(value) if isinstance(value, list) else value for value in window)
     pooling, (height, width) = _pooling(*window, ceil_mode)
-    if is_known(input.shape[2] < height) or is_known(input.shape[3] < width):
+    if is_known((input.shape[2] < height) | (input.shape[3] < width)):
         raise ValueError(f"input of shape {tuple(input.shape)} is smaller than the window {kernel_size!r}")
     return pooling
 

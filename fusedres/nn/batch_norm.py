@@ -77,7 +77,8 @@ class BatchNormAct2d(_BatchNormWithAct):
     def forward(self, input: Tensor, residual: Tensor | None = None, *, act: str | None = _OWN) -> Tensor:
         """Normalise ``input`` ``(N, C, H, W)``; ``act`` overrides the module's for this call."""
         act = self.act if act == _OWN else act
-        return normalise(input, batch_norm_state(self, input), residual, act, self._group())
+        group = None if type(self) is BatchNormAct2d else self._group()
+        return normalise(input, batch_norm_state(self, input), residual, act, group)
 
     def add(self, input: Tensor, residual: Tensor, *, act: str | None = _OWN) -> tuple[Tensor, Tensor]:
         """``(s, self(s))`` of ``s = input + residual``, see :func:`fusedres.functional.add_batch_norm_act`."""

@@ -49,7 +49,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def takes_reference(input: Tensor) -> bool:
     """Whether no kernel is for tensors where ``input`` is: what a CPU can be told without looking any further."""
-    if torch.compiler.is_compiling() or not input.is_cpu:
+    if not input.is_cpu or torch.compiler.is_dynamo_compiling():
         return False
     return _ENVIRONMENT.get(_BACKEND) in _LENIENT and not _triton()[1]
 

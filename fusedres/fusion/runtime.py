@@ -41,7 +41,7 @@ OWN_ACT = "own"  # the activation of the BatchNormAct2d that is called
 
 def batch_norm(input: Tensor, norm: BatchNormState, act: str | None = None, residual: Tensor | None = None) -> Tensor:
     """``act(norm(input) + residual)`` in one operation."""
-    return normalise(input, norm, residual, act)
+    return normalise(input, BatchNormState(*norm), residual, act)
 
 
 def norm_add(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:

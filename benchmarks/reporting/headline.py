@@ -17,10 +17,10 @@ from benchmarks.results import Row
 from benchmarks.workloads import TIMED
 
 FUSED = "fusedres"
-TITLE = "eager PyTorch over fusedres (above 1 is better)"
+TITLE = "eager over fusedres: above 1 is better"
 HEADER = (TITLE, "training step", "inference", "how")
 ON_CPU = "Timed on a CPU: fusedres takes its reference path there. These are not GPU timings."
-COUNTED, TIMED_HOW = "counted", "timed, 95% interval"
+COUNTED, TIMED_HOW = "counted", "95% interval"
 WORST = 6  # lines
 
 
@@ -49,8 +49,9 @@ def lines(rows: Rows) -> list[Line]:
     layers = [row for row in timed if _is_layer(row)]
     return [
         *_network(found("network")), *_traffic(found("traffic")), *_memory(memory), *_host(found("host")),
-        *_timed(row for row in timed if not _is_layer(row)),
+        *_timed(row for row in timed if row.suite == "models"),
         *(_mean(suite, [r for r in layers if r.suite == suite]) for suite in dict.fromkeys(r.suite for r in layers)),
+        *_timed(row for row in timed if row.suite != "models" and not _is_layer(row)),
     ]  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def _network(rows: Sequence[Row]) -> list[Line]:
     eager = next((value for name, value in moved.items() if name.startswith(EAGER)), None)
     names = [name for name in (f"{FUSED}, whole network", f"{FUSED}, per layer") if moved.get(name)]
     return [
-        Line(f"elementwise bytes of {rows[0].workload}: {name}", f"{eager / moved[name]:.2f}")
+        Line(f"bytes, {rows[0].workload}, {name.removeprefix(FUSED + ', ')}", f"{eager / moved[name]:.2f}")
         for name in names
         if eager
     ]
@@ -121,18 +122,17 @@ def _over(rows: Sequence[Row], modes: Sequence[str], theirs: str, ours: Sequence
             both[0] += row.figures.get(theirs) or 0.0
             both[1] += sum(row.figures.get(name) or 0.0 for name in ours)
     ratios = [a / b for a, b in sums.values() if a and b]
-    return f"{geometric_mean(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})" if ratios else "–"
+    return f"{geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "–"
 
 
 def _memory(rows: Sequence[Row]) -> list[Line]:
-    ours = [row for row in rows if row.provider.startswith(FUSED) and row.figures.get("saved_share")]
-    return [
-        Line(
-            f"saved for backward, {r.workload}{r.provider.removeprefix(FUSED)}",
-            f"{1 / (r.figures['saved_share'] or 1):.2f}",
-        )
-        for r in ours
-    ]
+    """A line a model; recomputation beside it."""
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        if row.provider.startswith(FUSED) and (share := row.figures.get("saved_share")):
+            how = row.provider.removeprefix(FUSED).removeprefix(" + ")
+            cells.setdefault(row.workload, []).append(f"{1 / share:.2f}{how and f' ({how})'}")
+    return [Line(f"saved for backward, {name}", ", ".join(some)) for name, some in cells.items()]
 
 
 def _host(rows: Sequence[Row]) -> list[Line]:
@@ -149,13 +149,13 @@ def _host(rows: Sequence[Row]) -> list[Line]:
         else "–"
         for mode in ("training", "inference")
     ]
-    return [Line("host time a call, BatchNorm layers", *cells, "timed without a GPU")] if sums else []
+    return [Line("host time a call, BatchNorm layers", *cells, "timed")] if sums else []
 
 
 def _timed(rows: Iterable[Row]) -> list[Line]:
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        cells.setdefault(f"{row.workload} {_size(row.shape)}, {row.dtype}", {})[row.mode] = _interval(row)
+        cells.setdefault(f"{row.workload} {_size(row.shape)}{_dtype(row)}", {})[row.mode] = _interval(row)
     return [
         Line(f"speed, {name}", found.get("training", "–"), found.get("inference", "–"), TIMED_HOW)
         for name, found in cells.items()
@@ -185,6 +185,10 @@ def _speed(row: Row) -> float:
 def _interval(row: Row) -> str:
     value, low, high = (row.figures.get(name) for name in ("speedup", "speedup_low", "speedup_high"))
     return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _dtype(row: Row) -> str:
+    return "" if row.dtype == "float32" else f", {row.dtype}"
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -90,7 +90,7 @@ def draw(folder: Path) -> None:
 
 def generate(rows: Rows) -> dict[str, bytes]:
     """The contents of every file of a report, by its path beside the rows."""
-    files = plots.draw(rows)
+    files = plots.draw(rows) | plots.headline(rows)
     return files | {PAGE: page.render(rows, files).encode()}
 
 

@@ -97,6 +97,8 @@ def _run(arguments: argparse.Namespace) -> bool:
         need("sklearn", extra="train")
     if drawn:
         need("matplotlib", "jinja2")  # which a machine that measures may not have
+    if arguments.suite == "report":
+        _writable(arguments.output)
     start = time.monotonic()
     right = arguments.suite == "report" or _measure(arguments, _request(arguments))
     if drawn:

@@ -220,9 +220,7 @@ def test_a_folder_that_cannot_be_written_to(
 
 
 @pytest.mark.parametrize(("package", "word"), [("rich", "--help"), ("matplotlib", "all")])
-def test_a_missing_package_is_named_with_the_command_that_installs_it(
-    package: str, word: str, tmp_path: Path
-) -> None:
+def test_a_missing_package_is_named_with_the_command_that_installs_it(package: str, word: str, tmp_path: Path) -> None:
     program = (
         "import importlib.util, runpy, sys\n"
         f"find = importlib.util.find_spec\n"

@@ -151,7 +151,7 @@ def _host(rows: Sequence[Row]) -> list[Line]:
         else "–"
         for mode in ("training", "inference")
     ]
-    return [Line("host time a call, BatchNorm layers", *cells, "timed")] if sums else []
+    return [Line("host time a call, BatchNorm layers", cells[0], cells[1], "timed")] if sums else []
 
 
 def _timed(rows: Iterable[Row]) -> list[Line]:
@@ -177,7 +177,12 @@ def _mean(suite: str, rows: Sequence[Row]) -> Line:
         half = math.exp(math.hypot(*widths) / len(chosen))
         cells.append(f"{mean:.2f} ({mean / half:.2f}–{mean * half:.2f})")
     count = len({row.workload for row in rows})
-    return Line(f"speed, {count} {'BatchNorm' if suite == 'kernels' else 'LayerNorm'} layers, mean", *cells, TIMED_HOW)
+    return Line(
+        f"speed, {count} {'BatchNorm' if suite == 'kernels' else 'LayerNorm'} layers, mean",
+        cells[0],
+        cells[1],
+        TIMED_HOW,
+    )
 
 
 def _speed(row: Row) -> float:

@@ -69,8 +69,8 @@ def show(rows: Rows, console: Console, page: str, seconds: float) -> None:
     measured = [row for (name, suite), some in rows.items() if name == place or suite == "network" for row in some]
     at = measured[-1].environment if measured else {}
     say: Callable[[str], None] = lambda text: console.print(escape(text), highlight=False, soft_wrap=True)  # noqa: E731
-    say("fusedres against eager PyTorch, channels-last where there are images. Bytes are counted, exact anywhere,")
-    say("in Triton's interpreter. Host time: a call at tiny sizes, of eager with its arithmetic.")
+    say("fusedres against eager PyTorch, channels-last where there are images. Bytes: counted in Triton's")
+    say("interpreter, the same on any machine. Host time: a call at tiny sizes; eager's with its arithmetic.")
     say(f"on {at.get('device')}, torch {at.get('torch')}, triton {at.get('triton')}; {seconds:.0f} s")
     if place == "cpu":
         say(ON_CPU)

@@ -44,6 +44,10 @@ def normalise(
     if momentum is None:
         # The cumulative average; like PyTorch's own module, this reads the counter on the host.
         momentum = 1.0 / float(count) if training and count is not None else 0.0
+    if torch.compiler.is_dynamo_compiling():  # patterns are found again in what is captured
+        out = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+        out = out if residual is None else out + residual
+        return torch.relu_(out) if act == "relu" else out
     # F.batch_norm without its check, which the fused functions have made.
     cudnn = not input.is_cpu and torch.backends.cudnn.enabled
     out = torch.batch_norm(input, weight, bias, mean, var, training, momentum, eps, cudnn)

@@ -40,10 +40,7 @@ def test_as_written_out(training: bool, act: str | None, residual: str | None) -
         before = [t.detach().clone() for t in (x, r) if t is not None]
         norm = kind(5).train(training)
         nn.init.uniform_(norm.weight, 0.5, 1.5)
-        if isinstance(norm, fusedres.nn.BatchNormAct2d):
-            out = norm(x, r, act=act)
-        else:
-            out = eager(x, r, norm, act)
+        out = eager(x, r, norm, act) if kind is nn.BatchNorm2d else norm(x, r, act=act)
         wanted = [x, norm.weight, norm.bias, *([r] if residual in ("same", "wider") else [])]
         first = torch.autograd.grad(out, wanted, torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out),
                                     create_graph=True)  # fmt: skip

@@ -24,16 +24,16 @@ from tests.zoo import TOLERANCE, assert_same_steps, conv, counts, images, random
 
 @contextlib.contextmanager
 def counted_adds() -> Iterator[collections.Counter[str | None]]:
-    """Counts the calls of ``add_batch_norm_act``, by activation."""
+    """Counts the calls of :func:`fusedres.functional.add_batch_norm_act`, by activation."""
     seen: collections.Counter[str | None] = collections.Counter()
 
-    def count(*args, act=None, **kwargs):
+    def count(input, residual, norm, act=None, group=None):
         seen[act] += 1
-        return functional.add_batch_norm_act(*args, act=act, **kwargs)
+        return functional.add_normalise(input, residual, norm, act, group)
 
     with contextlib.ExitStack() as stack:
         for module in ("fusedres.nn.batch_norm", "fusedres.fusion.foreign"):
-            stack.enter_context(mock.patch(f"{module}.add_batch_norm_act", count))
+            stack.enter_context(mock.patch(f"{module}.add_normalise", count))
         yield seen
 
 

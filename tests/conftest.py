@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -37,6 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no GPU"))
         elif HAS_GPU and _interprets(item):
             item.add_marker(pytest.mark.skip(reason="kernels are compiled here, not interpreted"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays, and needs no walk at every collection
 
 
 def _interprets(item: pytest.Item) -> bool:

@@ -13,6 +13,17 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 BOTH = [True, False]
+# How torch.compile is tried: the slow backend where there is most to compile. Crossed over, by night.
+compiled_modes = pytest.mark.parametrize(
+    ("training", "backend"),
+    [
+        (True, "inductor"),
+        (False, "aot_eager"),
+        pytest.param(True, "aot_eager", marks=pytest.mark.slow),
+        pytest.param(False, "inductor", marks=pytest.mark.slow),
+    ],
+    ids=["train-inductor", "eval-aot_eager", "train-aot_eager", "eval-inductor"],
+)
 # Of activations: what each is there for. Layouts, modes and residuals meet each of them.
 SHAPES = [
     (2, 1, 3, 3),  # one channel
@@ -20,8 +31,8 @@ SHAPES = [
     (1, 67, 5, 3),  # odd C, one image
     (2, 2048, 2, 1),  # two pixels, the most channel tiles
     (4, 24, 14, 14),  # C and H·W divisible by 8 and by 4 only: narrower accesses
-    (9, 130, 17, 9),  # two launches, ragged in every direction
-    (3, 5, 97, 61),  # planes of many tiles, of odd length
+    (5, 70, 17, 9),  # two launches, ragged in every direction
+    (2, 3, 97, 61),  # planes of many tiles, of odd length
     (40, 64, 8, 8),  # two launches, whole tiles only
     (6, 10),  # (N, C)
     (4, 6, 11),  # (N, C, L)

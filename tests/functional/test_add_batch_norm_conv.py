@@ -25,7 +25,7 @@ from tests.functional.convolutions import (
     run,
 )
 from tests.oracle import Tensors, layout, to_double
-from tests.parameters import BOTH, both_modes, covering
+from tests.parameters import BOTH, both_modes, compiled_modes, covering
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 PAIRS = [
@@ -190,8 +190,7 @@ class Blocks(nn.Module):
         return residual, x
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@both_modes
+@compiled_modes
 def test_compiled(device, training, backend):
     torch._dynamo.reset()
     blocks = Blocks().to(device).train(training)

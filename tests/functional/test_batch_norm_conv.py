@@ -105,6 +105,7 @@ def test_made_again_bit_for_bit(device, convolved, training, channels_last, dtyp
     assert again.stride() == first.stride() == y.stride()
 
 
+@pytest.mark.gpu  # the interpreter runs one program after the other
 @both_shapes
 @both_layouts
 def test_deterministic(device, channels_last, shape):

@@ -22,7 +22,7 @@ from tests.oracle import (
     run_batch_norm,
     to_double,
 )
-from tests.parameters import BOTH, DTYPES, both_layouts, both_modes, covering, has_statistics
+from tests.parameters import BOTH, DTYPES, both_layouts, both_modes, compiled_modes, covering, has_statistics
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -156,7 +156,7 @@ def test_momentum(device, shape, momentum):
     assert actual["num_batches_tracked"].item() == 4
 
 
-@pytest.mark.parametrize("shape", [(4, 40, 7, 7), (34, 40, 9, 7)], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("shape", [(4, 40, 7, 7), (34, 20, 9, 7)], ids=["one launch", "two launches"])
 @both_layouts
 def test_large_mean(device, channels_last, shape):
     """An average keeps what rounding did to the channel's mean: much or little by chance, so over many channels."""
@@ -245,15 +245,6 @@ def test_strided(device, training):
     assert torch.equal(columns[:, 1::2], beside)
 
 
-@both_layouts
-@pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one launch", "two launches"])
-def test_deterministic(device, shape, channels_last):
-    inputs = inputs_of(shape, torch.bfloat16, True, residual=True).map(layout(device, channels_last))
-    first, second = (run_batch_norm(batch_norm_act_global_avg_pool2d, inputs, True, "relu") for _ in range(2))
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
 @both_modes
 def test_empty_batch(device, training):
     x = torch.randn(0, 3, 4, 4, device=device, requires_grad=True)
@@ -330,8 +321,7 @@ def test_opcheck_backward(device, frozen):
     )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@both_modes
+@compiled_modes
 def test_compiled(device, training, backend):
     """fullgraph, running statistics included, and no recompilation from step to step."""
     torch._dynamo.reset()

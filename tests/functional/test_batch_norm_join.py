@@ -278,16 +278,6 @@ def test_strided_vectors(device, training, shape):
     assert columns[:, 1::2].eq(7).all()
 
 
-@both_layouts
-@both_tilings
-def test_deterministic(device, shape, channels_last):
-    """Bit for bit the same from run to run."""
-    inputs = join_inputs(shape, torch.bfloat16, fork=True).map(layout(device, channels_last))
-    first, second = (run(inputs, True, "relu") for _ in range(2))
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
 @pytest.mark.floor
 @hypothesis.given(
     shape=st.tuples(st.integers(2, 6), st.integers(1, 40), st.integers(1, 16), st.integers(1, 16)),

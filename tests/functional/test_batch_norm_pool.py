@@ -120,7 +120,7 @@ def test_windows(device, channels_last, window):
     check(inputs, device, channels_last=channels_last, training=True, act="relu", window=pooling(window))
 
 
-@pytest.mark.parametrize("shape", [(1, 67, 6, 5), (3, 40, 5, 9), (2, 16, 33, 30)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 35, 6, 5), (3, 40, 5, 9), (2, 8, 33, 30)], ids=str)
 @both_layouts
 def test_shapes(device, channels_last, shape):
     """Odd channels, several channel tiles, several tiles and programs of one."""
@@ -277,6 +277,7 @@ def test_strided(device, training):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu  # the interpreter runs one program after the other
 @both_layouts
 def test_deterministic(device, channels_last):
     """Bit for bit the same from run to run."""

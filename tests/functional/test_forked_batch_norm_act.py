@@ -20,11 +20,10 @@ from tests.oracle import (
     Tensors,
     batch_norm_inputs,
     check_batch_norm,
-    layout,
     run_batch_norm,
     silence_boundary,
 )
-from tests.parameters import BOTH, DTYPES, both_layouts, both_modes, covering
+from tests.parameters import BOTH, DTYPES, both_layouts, both_modes, compiled_modes, covering
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -220,15 +219,6 @@ def test_not_finite(device, path, residual):
         assert torch.equal(actual[name].isnan().cpu(), expected[name].isnan()), name
 
 
-@both_layouts
-@both_tilings
-def test_deterministic(device, shape, channels_last):
-    inputs = inputs_of(shape, torch.bfloat16, residual=True).map(layout(device, channels_last))
-    first, second = (run_batch_norm(split, inputs, True, "relu") for _ in range(2))
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
 @both_modes
 def test_empty_batch(device, training):
     x = torch.randn(0, 3, 4, 4, device=device, requires_grad=True)
@@ -332,8 +322,7 @@ def two_readers(x: Tensor, residual: Tensor, *buffers: Tensor, training: bool) -
     return batch_norm_act(out.square(), *second[:7], residual=fork, act="relu")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@both_modes
+@compiled_modes
 def test_compiled(device, training, backend):
     """fullgraph, and the two gradients still arrive apart."""
     torch._dynamo.reset()

@@ -82,9 +82,7 @@ def test_residual(device, features, act, dtype, residual_dtype):
     assert actual["out"].dtype == torch.promote_types(dtype, residual_dtype)
 
 
-@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 1, 3, 5), (129,)], ids=str)
-@both_orders
-@both_paths
+@covering(features=PATHS, order=ORDERS, lead=[(), (1,), (2, 3), (2, 1, 3, 5), (129,)])
 def test_leading_shapes(device, order, features, lead):
     actual = check_linear(order, linear_inputs(order, lead, features, torch.bfloat16), device, "relu")
     assert actual["out"].shape == (*lead, features[0])
@@ -113,24 +111,22 @@ def test_shapes(device, order, shape, dtype):
     check_linear(order, linear_inputs(order, (rows,), features, dtype), device, "relu")
 
 
+@pytest.mark.slow
 def test_long_sums_of_many_rows(device):
     """LayerNorm first, more than 1024 features in are for one kernel again from 1024 rows on."""
     check_linear(LN_LINEAR, linear_inputs(LN_LINEAR, (1025,), (10, 1030), torch.bfloat16), device, "relu")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"bias": False},
-        {"affine": False},
-        {"ln_bias": False},
-        {"bias": False, "affine": False},
-        {"parameter_dtype": torch.float32},
-    ],
-    ids=str,
-)
-@both_orders
-@both_paths
+OPTIONS = [
+    {"bias": False},
+    {"affine": False},
+    {"ln_bias": False},
+    {"bias": False, "affine": False},
+    {"parameter_dtype": torch.float32},
+]
+
+
+@covering(features=PATHS, order=ORDERS, options=OPTIONS)
 def test_parameters(device, order, features, options):
     inputs = linear_inputs(order, (33,), features, torch.bfloat16, **options)
     # Eager on a GPU does not mix the dtypes of input and parameters, on a CPU it does.
@@ -171,15 +167,6 @@ def test_not_finite(device, order, features, value):
     assert actual["out"].isnan().any()
     for name in ("out", "grad_input", "grad_weight"):
         assert torch.equal(actual[name].isnan().cpu(), exact[name].isnan()), name
-
-
-@both_orders
-@both_paths
-def test_deterministic(device, order, features):
-    inputs = linear_inputs(order, (130,), features, torch.bfloat16).map(lambda t: t.to(device))
-    first, second = (run_linear(functional, order, inputs, "relu") for _ in range(2))
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 NAMES = ("input", "weight", "bias", "ln_weight", "ln_bias", "residual")

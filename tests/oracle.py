@@ -168,6 +168,12 @@ def to_double(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
+def layout(device: torch.device, channels_last: bool) -> Callable[[Tensor], Tensor]:
+    """As ``Module.to(memory_format=...)`` has it: weights of convolutions too."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return lambda t: (t.contiguous(memory_format=form) if t.dim() == 4 else t).to(device)
+
+
 def silence_boundary(inputs: BatchNormInputs, training: bool, *, added: bool = False, eps: float = 1e-5) -> None:
     """Zero the cotangent where rounding decides the side of the ReLU, so that the side does not matter.
 
@@ -208,12 +214,10 @@ def check_batch_norm(
     if act is not None:
         silence_boundary(inputs, training, added=eager is reference.add_batch_norm_act)
 
-    def layout(last: bool) -> Callable[[Tensor], Tensor]:
-        form = torch.channels_last if last else torch.contiguous_format
-        return lambda t: (t.contiguous(memory_format=form) if t.dim() == 4 else t).to(device)
-
-    actual = run_batch_norm(function, inputs.map(layout(channels_last)), training, act, **options)
-    eagers = [run_batch_norm(eager, inputs.map(layout(last)), training, act, **options) for last in (True, False)]
+    actual = run_batch_norm(function, inputs.map(layout(device, channels_last)), training, act, **options)
+    eagers = [
+        run_batch_norm(eager, inputs.map(layout(device, last)), training, act, **options) for last in (True, False)
+    ]
     exact = run_batch_norm(eager, inputs.map(to_double), training, act, **options)
     assert_as_good_as_eager(actual, eagers, exact)
     for name in ("sum", "out", "grad_input", "grad_residual"):

@@ -75,6 +75,7 @@ class Code:
     instructions. ``fenced`` is whether a barrier of the whole program stands between its last store and its atomic,
     ``None`` without an atomic. ``load_bytes`` are those that a program asks for before it waits: of one iteration of
     its widest loop, times the iterations that the compiler prefetches; of all its loads where it has no loop.
+    ``narrow`` are the pointers to which it adds 32-bit scalars.
     """
 
     registers: int
@@ -85,6 +86,7 @@ class Code:
     matrix: int
     fenced: bool | None
     load_bytes: int
+    narrow: frozenset[str]
 
 
 @contextmanager
@@ -163,7 +165,17 @@ def _read_nvidia(compiled: Any) -> Code:
     asked = _load_bytes(compiled)
     spills = numbers["STACK"] + numbers["LOCAL"]
     matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx))
-    return Code(numbers["REG"], spills, compiled.metadata.shared, dict(loads), dict(stores), matrix, fenced, asked)
+    return Code(
+        numbers["REG"],
+        spills,
+        compiled.metadata.shared,
+        dict(loads),
+        dict(stores),
+        matrix,
+        fenced,
+        asked,
+        _narrow(compiled),
+    )
 
 
 def _read_amd(compiled: Any) -> Code:
@@ -183,7 +195,15 @@ def _read_amd(compiled: Any) -> Code:
     spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
     matrix = len(re.findall(r"\bv_mfma_", text))
     return Code(
-        number("vgpr_count"), spills, compiled.metadata.shared, dict(loads), dict(stores), matrix, fenced, asked
+        number("vgpr_count"),
+        spills,
+        compiled.metadata.shared,
+        dict(loads),
+        dict(stores),
+        matrix,
+        fenced,
+        asked,
+        _narrow(compiled),
     )
 
 
@@ -215,6 +235,11 @@ def _load_bytes(compiled: Any) -> int:
         elif " = tt.dot " in text:
             regions[-1].has_product = True
     return widest
+
+
+def _narrow(compiled: Any) -> frozenset[str]:
+    """``Code.narrow``, from the same representation."""
+    return frozenset(re.findall(r"tt\.addptr %(\w+_ptr), %\w+ : !tt\.ptr<\w+>, i32\b", compiled.asm["ttir"]))
 
 
 @dataclass

@@ -46,6 +46,7 @@ def _resources(launch: Launch, arch: str, code: Code) -> list[str]:
     plain = not is_product and "_on_chip_" not in launch.name and not arch.startswith("gfx")
     if plain and code.registers > REGISTERS:
         found.append(f"{code.registers} registers, more than {REGISTERS}")
+    found += [f"32-bit addresses of {name}" for name in sorted(code.narrow & {*ACTIVATIONS, *OUTPUTS})]
     if "_cooperative_" in launch.name and code.registers > RESIDENT_REGISTERS:
         found.append(f"{code.registers} registers: programs that others wait for would not be resident")
     published = {"partials_ptr", "counters_ptr"} <= launch.tensors.keys()  # to other programs of the launch

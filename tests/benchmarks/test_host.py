@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.results import Row
 from benchmarks.suite import CPU, Request
 from benchmarks.suites import host
 from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.ops import batch_norm, registration
-from tests.kernels.test_codegen import run_compiled
+from tests.kernels.compiled import compiled
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 SHAPE = (2, 8, 4, 4)
@@ -138,20 +140,16 @@ def test_both_ways_give_the_same_bits():
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+def measured() -> list[Row]:
+    """With few rounds."""
+    with mock.patch("benchmarks.instruments.host.ROUNDS", 5):
+        return host.measure(host.Case("bn+add+relu", host.SHAPES[0]))
+
+
 @pytest.mark.codegen
 def test_the_suite_measures_every_part():
-    """With few rounds; the figures of a call add up, and each part takes some time."""
-    program = """
-import json
-from pathlib import Path
-from dataclasses import asdict
-from benchmarks.instruments import host as instrument
-from benchmarks.suite import CPU, Request
-from benchmarks.suites import host
-instrument.ROUNDS = 5
-print(json.dumps([asdict(row) for row in host.measure(host.Case("bn+add+relu", host.SHAPES[0]))]))
-"""
-    rows = json.loads(run_compiled(["-c", program]))
+    """The figures of a call add up, and each part takes some time."""
+    rows = [asdict(row) for row in compiled(measured)]
     [case] = [c for c in host.plan(Request(CPU, Path())) if c == host.Case("bn+add+relu", host.SHAPES[0])]
     assert [(row["mode"], row["provider"]) for row in rows] == [(key[1], key[2]) for key in case.keys]
     for row in rows:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedres import functional, reference
-from tests.oracle import Tensors, assert_as_good_as_eager, batch_norm_inputs, silence_boundary, to_double
+from tests.oracle import Tensors, assert_as_good_as_eager, batch_norm_inputs, layout, silence_boundary, to_double
 
 LEAVES = ("input", "residual", "weight", "bias", "conv_weight", "conv_bias")
 ONE_LAUNCH, TWO_LAUNCHES = (3, 8, 7, 5), (6, 3, 19, 19)
@@ -68,25 +68,20 @@ def cotangent(out: Tensor) -> Tensor:
     return values.to(out.device, out.dtype)
 
 
-def layout(device: torch.device, channels_last: bool) -> Callable[[Tensor], Tensor]:
-    """As ``Module.to(memory_format=...)`` has it: weights of convolutions too."""
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    return lambda t: (t.contiguous(memory_format=form) if t.dim() == 4 else t).to(device)
-
-
 def mapped(function: Callable[[Tensor], Tensor], given: Tensors) -> Tensors:
     return {name: function(t) for name, t in given.items()}
 
 
 def check(given: Tensors, device: torch.device, training: bool, channels_last: bool, **options: object) -> Tensors:
-    """The oracle rule for one call, and the strides that eager has."""
+    """The oracle rule for one call, and the strides that eager has.
+
+    Against eager in the same memory format, not the better of two: what the library's convolution rounds off in its
+    gradients depends on the format and on the processor, and is the same for both where the format is.
+    """
     actual = run(functional, mapped(layout(device, channels_last), given), training, **options)
-    eagers = [
-        run(reference, mapped(layout(device, last), given), training, **options)
-        for last in (channels_last, not channels_last)
-    ]
+    eager = run(reference, mapped(layout(device, channels_last), given), training, **options)
     exact = run(reference, mapped(to_double, given), training, **options)
-    assert_as_good_as_eager(actual, eagers, exact)
+    assert_as_good_as_eager(actual, [eager], exact)
     for name, tensor in actual.items():
-        assert tensor.stride() == eagers[0][name].stride(), name
+        assert tensor.stride() == eager[name].stride(), name
     return actual

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedres import functional, reference
 from fusedres.functional import BatchNormState
-from tests.oracle import BOUNDARY, Tensors, assert_as_good_as_eager, to_double
+from tests.oracle import BOUNDARY, Tensors, assert_as_good_as_eager, layout, to_double
 
 LEAVES = ("input", "other", "weight", "bias", "other_weight", "other_bias")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -153,15 +153,11 @@ def check_join(
     plain, forked = functional.batch_norm_add_batch_norm_act, functional.forked_batch_norm_add_batch_norm_act
     eager = reference.batch_norm_add_batch_norm_act
 
-    def layout(last: bool) -> Callable[[Tensor], Tensor]:
-        form = torch.channels_last if last else torch.contiguous_format
-        return lambda t: (t.contiguous(memory_format=form) if t.dim() == 4 else t).to(device)
-
     def run(function: Join, given: JoinInputs) -> Tensors:
         return run_join(function, given, training, act, other_training=other_training, momentum=momentum)
 
-    actual = run(plain if inputs.grad_fork is None else forked, inputs.map(layout(channels_last)))
-    eagers = [run(eager, inputs.map(layout(last))) for last in (True, False)]
+    actual = run(plain if inputs.grad_fork is None else forked, inputs.map(layout(device, channels_last)))
+    eagers = [run(eager, inputs.map(layout(device, last))) for last in (True, False)]
     assert_as_good_as_eager(actual, eagers, run(eager, inputs.map(to_double)))
     for name in ("out", "grad_input", "grad_other"):
         assert actual[name].stride() == eagers[0 if channels_last else 1][name].stride(), name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -22,14 +21,14 @@ from tests.functional.convolutions import (
     check,
     conv_inputs,
     cotangent,
-    layout,
     mapped,
     run,
 )
-from tests.oracle import Tensors, to_double
+from tests.oracle import Tensors, layout, to_double
+from tests.parameters import BOTH, both_modes, compiled_modes, covering
 
-pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
-DTYPES = [
+pytestmark = pytest.mark.usefixtures("triton_backend")
+PAIRS = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
@@ -37,20 +36,17 @@ DTYPES = [
     (torch.float32, torch.bfloat16),
 ]
 GEOMETRY = ([1, 2], [1, 0], [1, 1], 2)  # stride, padding, dilation, groups
-both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-both_shapes = pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one launch", "two launches"])
-every_dtype = pytest.mark.parametrize(("dtype", "residual"), DTYPES, ids=str)
+TILINGS = {"one launch": ONE_LAUNCH, "two launches": TWO_LAUNCHES}
 
 
 def inputs(device: torch.device, training: bool = True, dtype: torch.dtype = torch.float32, **options) -> Tensors:
     return mapped(lambda t: t.to(device), conv_inputs(ONE_LAUNCH, dtype, training, residual=dtype, **options))
 
 
-@every_dtype
-@both_layouts
-@both_modes
-def test_oracle(device, training, channels_last, dtype, residual):
+@pytest.mark.floor
+@covering(training=BOTH, channels_last=BOTH, dtypes=PAIRS)
+def test_oracle(device, training, channels_last, dtypes):
+    dtype, residual = dtypes
     given = conv_inputs(ONE_LAUNCH, dtype, training, residual=residual, groups=2)
     check(given, device, training, channels_last, padding=(1, 0), stride=(1, 2), groups=2)
 
@@ -66,17 +62,14 @@ def test_even_kernel(device, training):
     check(given, device, training, True, padding="same")
 
 
-@both_shapes
-@every_dtype
-@both_layouts
-@both_modes
-def test_made_again_bit_for_bit(device, monkeypatch, training, channels_last, dtype, residual, shape):
+@covering(training=BOTH, channels_last=BOTH, dtypes=PAIRS, shape=TILINGS)
+def test_made_again_bit_for_bit(device, monkeypatch, training, channels_last, dtypes, shape):
     read: list[Tensor] = []
     differentiate = batch_norm_conv._convolution_gradients
     monkeypatch.setattr(
         batch_norm_conv, "_convolution_gradients", lambda *args: read.append(args[2].clone()) or differentiate(*args)
     )
-    given = conv_inputs(shape, dtype, training, residual=residual)
+    given = conv_inputs(shape, dtypes[0], training, residual=dtypes[1])
     given = mapped(layout(device, channels_last), given)
     total = run(functional, given, training)["sum"]
     buffers = (given["running_mean"].clone(), given["running_var"].clone())
@@ -86,9 +79,7 @@ def test_made_again_bit_for_bit(device, monkeypatch, training, channels_last, dt
 
 
 @pytest.mark.parametrize("used", [("sum",), ("out",), ("sum", "out")], ids="+".join)
-@pytest.mark.parametrize(
-    "needed", [set(c) for n in (1, 2, 6) for c in itertools.combinations(LEAVES, n)], ids=lambda s: "+".join(sorted(s))
-)
+@pytest.mark.parametrize("needed", [*({leaf} for leaf in LEAVES), set(LEAVES)], ids=lambda s: "+".join(sorted(s)))
 def test_partial_gradients(device, needed, used):
     """What needs no gradient gets none; the rest is eager's, whichever outputs are used."""
     given = inputs(device)
@@ -199,8 +190,7 @@ class Blocks(nn.Module):
         return residual, x
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@both_modes
+@compiled_modes
 def test_compiled(device, training, backend):
     torch._dynamo.reset()
     blocks = Blocks().to(device).train(training)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 
 import pytest
@@ -14,41 +13,40 @@ from benchmarks.instruments.saved import Saved, peak_bytes, saved_for_backward
 from fusedres import functional, reference
 from fusedres.functional import batch_norm_act, batch_norm_act_conv2d
 from fusedres.ops import batch_norm_conv
-from tests.functional.convolutions import ONE_LAUNCH, TWO_LAUNCHES, check, conv_inputs, cotangent, layout, mapped, run
-from tests.oracle import assert_as_good_as_eager, to_double
+from tests.functional.convolutions import ONE_LAUNCH, TWO_LAUNCHES, check, conv_inputs, cotangent, mapped, run
+from tests.oracle import assert_as_good_as_eager, layout, to_double
+from tests.parameters import BOTH, DTYPES, both_layouts, both_modes, covering
 
-pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
 LEAVES = ("input", "weight", "bias", "conv_weight", "conv_bias")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-both_shapes = pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one launch", "two launches"])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+TILINGS = {"one launch": ONE_LAUNCH, "two launches": TWO_LAUNCHES}
+both_shapes = pytest.mark.parametrize("shape", TILINGS.values(), ids=TILINGS)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "options"),
-    [
-        ((1, 1), {"stride": 2}),
-        ((3, 3), {"padding": (1, 0), "stride": (1, 2), "groups": 2}),
-        ((3, 2), {"padding": 2, "dilation": (2, 1), "groups": 8, "act": None}),
-    ],
-    ids=str,
-)
-@every_dtype
-@both_layouts
-@both_modes
-def test_oracle(device, training, channels_last, dtype, kernel, options):
+CONVOLUTIONS = [
+    ((1, 1), {"stride": 2}),
+    ((3, 3), {"padding": (1, 0), "stride": (1, 2), "groups": 2}),
+    ((3, 2), {"padding": 2, "dilation": (2, 1), "groups": 8, "act": None}),
+]
+
+
+@pytest.mark.floor
+@covering(training=BOTH, channels_last=BOTH, dtype=DTYPES, convolution=CONVOLUTIONS)
+def test_oracle(device, training, channels_last, dtype, convolution):
+    kernel, options = convolution
     groups = options.get("groups", 1)
     given = conv_inputs(ONE_LAUNCH, dtype, training, kernel=kernel, groups=groups, out=16)
     check(given, device, training, channels_last, **options)
 
 
-@pytest.mark.parametrize("shape", [TWO_LAUNCHES, (5, 3, 1, 1), (1, 67, 5, 3), (4, 1, 6, 6), (2, 24, 14, 14)], ids=str)
-@both_layouts
-@both_modes
+@covering(
+    training=BOTH,
+    channels_last=BOTH,
+    shape=[TWO_LAUNCHES, (5, 3, 1, 1), (1, 67, 5, 3), (4, 1, 6, 6), (2, 24, 14, 14)],
+)
 def test_shapes(device, training, channels_last, shape):
+    """Two launches, one pixel, odd channels, one channel, and channels that are divisible by 8 only."""
     check(conv_inputs(shape, torch.bfloat16, training), device, training, channels_last, padding=1)
 
 
@@ -96,10 +94,7 @@ def convolved(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     return read
 
 
-@both_shapes
-@every_dtype
-@both_layouts
-@both_modes
+@covering(training=BOTH, channels_last=BOTH, dtype=DTYPES, shape=TILINGS)
 def test_made_again_bit_for_bit(device, convolved, training, channels_last, dtype, shape):
     given = mapped(layout(device, channels_last), conv_inputs(shape, dtype, training))
     run(functional, given, training)
@@ -110,6 +105,7 @@ def test_made_again_bit_for_bit(device, convolved, training, channels_last, dtyp
     assert again.stride() == first.stride() == y.stride()
 
 
+@pytest.mark.gpu  # the interpreter runs one program after the other
 @both_shapes
 @both_layouts
 def test_deterministic(device, channels_last, shape):
@@ -119,26 +115,19 @@ def test_deterministic(device, channels_last, shape):
         assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.parametrize(
-    "needed",
-    [set(c) for n in range(1, 5) for c in itertools.combinations(LEAVES, n)],
-    ids=lambda s: "+".join(sorted(s)),
-)
+@pytest.mark.parametrize("needed", LEAVES)
 @both_modes
 def test_partial_gradients(device, convolved, training, needed):
-    """What needs no gradient gets none and costs nothing; the rest does not change."""
+    """One alone has the gradient that it has among all; what needs none gets none and costs nothing."""
     given = mapped(lambda t: t.to(device), conv_inputs(ONE_LAUNCH, torch.float32, training))
     everything = run(functional, given, training, padding=1)
     convolved.clear()
-    leaves = {name: t.clone().requires_grad_(name in needed) for name, t in given.items()}
+    leaves = {name: t.clone().requires_grad_(name == needed) for name, t in given.items()}
     out = batch_norm_act_conv2d(**leaves, training=training, padding=1)
     out.backward(cotangent(out))
-    for name in LEAVES:
-        if name in needed:
-            torch.testing.assert_close(leaves[name].grad, everything[f"grad_{name}"], msg=name)
-        else:
-            assert leaves[name].grad is None
-    assert [y is not None for y in convolved[1:]] == ([] if needed == {"conv_bias"} else ["conv_weight" in needed])
+    assert [name for name in LEAVES if leaves[name].grad is not None] == [needed]
+    torch.testing.assert_close(leaves[needed].grad, everything[f"grad_{needed}"])
+    assert [y is not None for y in convolved[1:]] == ([] if needed == "conv_bias" else [needed == "conv_weight"])
 
 
 @both_modes

@@ -16,18 +16,18 @@ from fusedres.functional import (
     batch_norm_add_batch_norm_act,
     forked_batch_norm_add_batch_norm_act,
 )
-from fusedres.kernels import layout, tiling
-from tests.functional.join_parts import check_join, join_inputs, run_join
-from tests.oracle import to_double
+from fusedres.kernels import tiling
+from fusedres.kernels.layout import rows
+from tests.functional.join_parts import LEAVES, check_join, join_inputs, run_join
+from tests.oracle import layout, to_double
+from tests.parameters import BOTH, DTYPES, both_layouts, both_modes, covering, has_format, has_statistics
 
-pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 both_readers = pytest.mark.parametrize("fork", [False, True], ids=["plain", "fork"])
 ON_CHIP, APART = (4, 16, 6, 6), (16, 8, 17, 9)
-both_tilings = pytest.mark.parametrize("shape", [ON_CHIP, APART], ids=["on-chip", "apart"])
+TILINGS = {"on-chip": ON_CHIP, "apart": APART}
+both_tilings = pytest.mark.parametrize("shape", TILINGS.values(), ids=TILINGS)
 
 run = functools.partial(run_join, forked_batch_norm_add_batch_norm_act)
 
@@ -37,59 +37,47 @@ run = functools.partial(run_join, forked_batch_norm_add_batch_norm_act)
 @both_layouts
 def test_names_of_the_tilings(channels_last, shape, dtype):
     form = torch.channels_last if channels_last else torch.contiguous_format
-    view = layout.rows(torch.empty(shape, memory_format=form))
+    view = rows(torch.empty(shape, memory_format=form))
     assert (tiling.on_chip(view, dtype.itemsize, tensors=2) is not None) == (shape == ON_CHIP)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@both_layouts
-@both_modes
-@both_readers
+@pytest.mark.floor
+@covering(fork=BOTH, training=BOTH, channels_last=BOTH, dtype=DTYPES)
 def test_oracle(device, fork, training, channels_last, dtype):
     inputs = join_inputs((3, 12, 7, 5), dtype, fork=fork)
     check_join(inputs, device, channels_last=channels_last, training=training, act="relu")
 
 
-@both_tilings
-@both_modes
-@both_readers
+@covering(fork=BOTH, training=BOTH, shape=TILINGS)
 def test_without_activation(device, fork, training, shape):
     check_join(join_inputs(shape, torch.bfloat16, fork=fork), device, channels_last=True, training=training, act=None)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (2, 1, 3, 3),  # one channel
-        (5, 3, 1, 1),  # H·W = 1
-        (1, 67, 5, 3),  # odd C, one image
-        (2, 1100, 3, 1),  # more channels than counters for tiles of one
-        (5, 35, 17, 9),  # two launches, ragged in every direction
-        (6, 10),  # (N, C)
-        (4, 6, 11),  # (N, C, L)
-        (2, 3, 4, 5, 2),  # (N, C, D, H, W)
-    ],
-    ids=str,
-)
-@both_layouts
-@both_modes
+SHAPES = [
+    (2, 1, 3, 3),  # one channel
+    (5, 3, 1, 1),  # one pixel: the two formats are one
+    (1, 67, 5, 3),  # odd C, one image
+    (2, 1100, 3, 1),  # more channels than counters for tiles of one
+    (5, 35, 17, 9),  # two launches, ragged in every direction
+    (6, 10),  # (N, C)
+    (4, 6, 11),  # (N, C, L)
+    (2, 3, 4, 5, 2),  # (N, C, D, H, W)
+]
+
+
+@covering(has_format, training=BOTH, channels_last=BOTH, shape=SHAPES)
 def test_shapes(device, training, channels_last, shape):
-    if channels_last and len(shape) != 4:
-        pytest.skip("channels_last is a format of four dimensions")
     inputs = join_inputs(shape, torch.bfloat16, fork=True)
     check_join(inputs, device, channels_last=channels_last, training=training, act="relu")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"affine": False}, {"bias": False}, {"tracking": False}, {"parameter_dtype": torch.bfloat16}],
-    ids=str,
+@covering(
+    has_statistics,
+    training=BOTH,
+    shape=TILINGS,
+    options=[{"affine": False}, {"bias": False}, {"tracking": False}, {"parameter_dtype": torch.bfloat16}],
 )
-@both_tilings
-@both_modes
 def test_parameters(device, training, shape, options):
-    if not training and options.get("tracking") is False:
-        pytest.skip("evaluation needs running statistics")
     inputs = join_inputs(shape, torch.bfloat16, **options)
     check_join(inputs, device, channels_last=True, training=training, act="relu")
 
@@ -113,9 +101,7 @@ def test_momentum(device, shape, momentum):
     assert (actual["num_batches_tracked"].item(), actual["other_num_batches_tracked"].item()) == (4, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [ON_CHIP, (16, 20, 17, 9)], ids=["on-chip", "apart"])
-@both_layouts
+@covering(channels_last=BOTH, dtype=DTYPES[:2], shape={"on-chip": ON_CHIP, "apart": (16, 20, 17, 9)})
 def test_large_mean(device, channels_last, shape, dtype):
     std = 1.0 if dtype == torch.float32 else 8.0  # in bfloat16 a mean of 1000 leaves steps of 4
     inputs = join_inputs(shape, dtype, mean=1e3 * std, std=std)
@@ -189,16 +175,13 @@ def test_not_finite(device, training, value):
     assert torch.equal(actual["out"].isposinf().cpu(), exact["out"].isposinf())
 
 
-@both_layouts
-@both_tilings
-@both_readers
+@covering(fork=BOTH, channels_last=BOTH, shape=TILINGS)
 def test_exact_zeros_have_no_gradient(device, fork, shape, channels_last):
     """Both normalisations cancel, to the last bit, in the forward and in the backward."""
     inputs = join_inputs(shape, torch.float32, fork=fork, bias=False)
     inputs.other = inputs.input.clone()
     inputs.other_weight = -inputs.weight
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    given = inputs.map(lambda t: (t.contiguous(memory_format=form) if t.dim() == 4 else t).to(device))
+    given = inputs.map(layout(device, channels_last))
     leaves = [given.input.requires_grad_(), given.other.requires_grad_()]
     norms = given.norm("", True), given.norm("other_", True)
     out, second = forked_batch_norm_add_batch_norm_act(*leaves, *norms, act="relu")
@@ -207,27 +190,17 @@ def test_exact_zeros_have_no_gradient(device, fork, shape, channels_last):
     assert all(not leaf.grad.any() for leaf in leaves)
 
 
-@pytest.mark.parametrize(
-    "needed",
-    [("input",), ("other",), ("weight",), ("other_bias",), ("input", "other_weight"), ("weight", "bias")],
-    ids="+".join,
-)
-@both_tilings
-@both_modes
-@both_readers
+@covering(fork=BOTH, training=BOTH, shape=TILINGS, needed=LEAVES)
 def test_partial_gradients(device, fork, training, shape, needed):
-    """What needs no gradient gets none, and the rest does not change."""
+    """One alone has the gradient that it has among all, and what needs none gets none."""
     inputs = join_inputs((shape[0], 4, *shape[2:]), torch.bfloat16, fork=fork).map(lambda t: t.to(device))
     everything = run(inputs, training, "relu")
-    some = run(inputs, training, "relu", needed=needed)
-    assert {name for name in some if name.startswith("grad_")} == {f"grad_{name}" for name in needed}
-    for name in needed:
-        assert torch.equal(some[f"grad_{name}"], everything[f"grad_{name}"]), name
+    alone = run(inputs, training, "relu", needed=[needed])
+    assert [name for name in alone if name.startswith("grad_")] == [f"grad_{needed}"]
+    assert torch.equal(alone[f"grad_{needed}"], everything[f"grad_{needed}"])
 
 
-@pytest.mark.parametrize("used", [0, 1])
-@both_tilings
-@both_modes
+@covering(used=[0, 1], training=BOTH, shape=TILINGS)
 def test_one_reader_of_a_fork(device, training, shape, used):
     """An ordinary backward, whichever name was read."""
     inputs = join_inputs(shape, torch.bfloat16).map(lambda t: t.to(device))
@@ -240,9 +213,7 @@ def test_one_reader_of_a_fork(device, training, shape, used):
         assert torch.equal(actual[name], tensor), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@both_tilings
-@both_modes
+@covering(training=BOTH, shape=TILINGS, dtype=DTYPES[:2])
 def test_two_readers_are_their_sum(device, training, shape, dtype):
     """To the last bit."""
     inputs = join_inputs(shape, dtype, fork=True).map(lambda t: t.to(device))
@@ -307,19 +278,7 @@ def test_strided_vectors(device, training, shape):
     assert columns[:, 1::2].eq(7).all()
 
 
-@both_layouts
-@both_tilings
-def test_deterministic(device, shape, channels_last):
-    """Bit for bit the same from run to run."""
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    inputs = join_inputs(shape, torch.bfloat16, fork=True).map(
-        lambda t: (t.contiguous(memory_format=form) if t.dim() == 4 else t).to(device)
-    )
-    first, second = (run(inputs, True, "relu") for _ in range(2))
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
+@pytest.mark.floor
 @hypothesis.given(
     shape=st.tuples(st.integers(2, 6), st.integers(1, 40), st.integers(1, 16), st.integers(1, 16)),
     dtype=st.sampled_from(DTYPES),

@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.instruments.saved import saved_for_backward
 from fusedres import functional, reference
 from fusedres.functional import BatchNormState, batch_norm_act, forked_batch_norm_act
-from fusedres.kernels import batch_norm_backward, layout, tiling
+from fusedres.kernels import batch_norm_backward, tiling
+from fusedres.kernels.layout import rows
 from tests.oracle import (
     BatchNormInputs,
     Tensors,
@@ -22,20 +23,16 @@ from tests.oracle import (
     run_batch_norm,
     silence_boundary,
 )
+from tests.parameters import BOTH, DTYPES, both_layouts, both_modes, compiled_modes, covering
 
-pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ONE_LAUNCH, TWO_LAUNCHES = (4, 16, 6, 6), (16, 5, 17, 9)
-both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-both_tilings = pytest.mark.parametrize("shape", [ONE_LAUNCH, TWO_LAUNCHES], ids=["one launch", "two launches"])
-both_acts = pytest.mark.parametrize("act", ["relu", None])
-every_path = pytest.mark.parametrize(
-    ("shape", "training"),
-    [(ONE_LAUNCH, True), (TWO_LAUNCHES, True), (ONE_LAUNCH, False)],
-    ids=["one launch", "two launches", "eval"],
-)
+TILINGS = {"one launch": ONE_LAUNCH, "two launches": TWO_LAUNCHES}
+both_tilings = pytest.mark.parametrize("shape", TILINGS.values(), ids=TILINGS)
+PATHS = {"one launch": (ONE_LAUNCH, True), "two launches": (TWO_LAUNCHES, True), "eval": (ONE_LAUNCH, False)}
+every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)  # a shape, and whether it is in training
+ACTS = ["relu", None]
 residual_or_not = pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
 
 
@@ -71,43 +68,39 @@ def check(inputs: BatchNormInputs, device, **options) -> Tensors:
 def test_names_of_the_tilings(channels_last, shape, dtype):
     """The shapes below take as many launches as their names say, whatever the layout and the dtype."""
     form = torch.channels_last if channels_last else torch.contiguous_format
-    view = layout.rows(torch.empty(shape, memory_format=form))
+    view = rows(torch.empty(shape, memory_format=form))
     assert (tiling.on_chip(view, dtype.itemsize) is not None) == (shape == ONE_LAUNCH)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@residual_or_not
-@both_layouts
-@every_path
-def test_oracle(device, shape, training, channels_last, residual, dtype):
+@pytest.mark.floor
+@covering(path=PATHS, channels_last=BOTH, residual=BOTH, dtype=DTYPES)
+def test_oracle(device, path, channels_last, residual, dtype):
+    shape, training = path
     inputs = inputs_of(shape, dtype, residual=residual)
     check(inputs, device, channels_last=channels_last, training=training, act="relu")
 
 
 @residual_or_not
 @every_path
-def test_without_activation(device, shape, training, residual):
+def test_without_activation(device, path, residual):
     """The gradient of a residual is then the sum of the two, which nothing else has written."""
+    shape, training = path
     inputs = inputs_of(shape, torch.bfloat16, residual=residual)
     check(inputs, device, channels_last=True, training=training, act=None)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (5, 3, 1, 1), (1, 67, 5, 3), (6, 10), (2, 3, 4, 5, 2)], ids=str)
-@residual_or_not
-@both_modes
+@covering(training=BOTH, residual=BOTH, shape=[(2, 1, 3, 3), (5, 3, 1, 1), (1, 67, 5, 3), (6, 10), (2, 3, 4, 5, 2)])
 def test_shapes(device, training, residual, shape):
     inputs = inputs_of(shape, torch.bfloat16, residual=residual)
     check(inputs, device, channels_last=True, training=training, act="relu")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "residual_dtype"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)],
-    ids=str,
-)
-@both_acts
-@every_path
-def test_mixed_dtypes(device, shape, training, act, dtype, residual_dtype):
+MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]
+
+
+@covering(path=PATHS, act=ACTS, dtypes=MIXED)
+def test_mixed_dtypes(device, path, act, dtypes):
+    (shape, training), (dtype, residual_dtype) = path, dtypes
     inputs = inputs_of(shape, dtype, residual=True, residual_dtype=residual_dtype)
     actual = check(inputs, device, channels_last=True, training=training, act=act)
     assert (actual["grad_input"].dtype, actual["grad_residual"].dtype) == (dtype, residual_dtype)
@@ -126,10 +119,7 @@ def outputs_of(inputs: BatchNormInputs, training: bool, act: str | None, needed:
 LEAVES = {"input", "residual", "weight", "bias"}
 
 
-@both_acts
-@pytest.mark.parametrize("used", ["out", "fork"])
-@residual_or_not
-@both_modes
+@covering(training=BOTH, residual=BOTH, used=["out", "fork"], act=ACTS)
 def test_one_gradient(device, training, residual, used, act):
     """The other is None: an ordinary backward, bit for bit."""
     inputs = inputs_of(ONE_LAUNCH, torch.bfloat16, residual=residual).map(lambda t: t.to(device))
@@ -140,23 +130,18 @@ def test_one_gradient(device, training, residual, used, act):
         assert torch.equal(leaf.grad, expected[f"grad_{name}"]), name
 
 
-@pytest.mark.parametrize(
-    "frozen",
-    [{"input"}, {"residual"}, {"weight", "bias"}, {"input", "weight", "bias"}, LEAVES - {"weight"}],
-    ids=lambda names: "+".join(sorted(names)),
-)
-@both_acts
-@every_path
-def test_partial_gradients(device, shape, training, act, frozen):
-    """What needs no gradient gets none, and the rest does not change."""
+@covering(path=PATHS, act=ACTS, needed=sorted(LEAVES))
+def test_partial_gradients(device, path, act, needed):
+    """One alone has the gradient that it has among all, and what needs none gets none."""
+    shape, training = path
     inputs = inputs_of(shape, torch.float32, residual=True).map(lambda t: t.to(device))
     grads = [inputs.grad, inputs.grad_sum]
     everything, outputs = outputs_of(inputs, training, act, LEAVES)
     torch.autograd.backward(list(outputs.values()), grads)
-    some, outputs = outputs_of(inputs, training, act, LEAVES - frozen)
+    alone, outputs = outputs_of(inputs, training, act, {needed})
     torch.autograd.backward(list(outputs.values()), grads)
-    for name, leaf in some.items():
-        assert leaf.grad is None if name in frozen else torch.equal(leaf.grad, everything[name].grad), name
+    assert [name for name, leaf in alone.items() if leaf.grad is not None] == [needed]
+    assert torch.equal(alone[needed].grad, everything[needed].grad)
 
 
 def test_no_gradient_at_all(device):
@@ -183,8 +168,9 @@ def test_one_memory_under_two_names(device):
     assert out.grad_fn is fork.grad_fn and out.output_nr != fork.output_nr
 
 
-@pytest.mark.parametrize("kind", ["expanded", "other layout", "slice"])
-@both_tilings
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("expanded", ONE_LAUNCH), ("other layout", TWO_LAUNCHES), ("slice", ONE_LAUNCH)]
+)
 def test_second_gradient_of_another_layout(device, shape, kind):
     """Right whichever of the two it is; autograd hands both on as they come."""
     inputs = inputs_of(shape, torch.float32, residual=True)
@@ -222,8 +208,9 @@ def test_second_gradient_of_another_dtype(device):
 
 @residual_or_not
 @every_path
-def test_not_finite(device, shape, training, residual):
+def test_not_finite(device, path, residual):
     """NaN and infinity of either gradient arrive where eager's sum has them, and nothing passes a closed ReLU."""
+    shape, training = path
     inputs = inputs_of(shape, torch.float32, residual=residual)
     inputs.grad[1, 2, 3, 3], inputs.grad_sum[0, 1, 2, 2] = float("nan"), float("inf")
     inputs.grad[2, 3, 1, 1], inputs.grad_sum[2, 3, 1, 1] = float("inf"), -float("inf")
@@ -231,18 +218,6 @@ def test_not_finite(device, shape, training, residual):
     expected = run_batch_norm(eager, inputs, training, "relu")
     for name in ("grad_input", "grad_bias", *(["grad_residual"] if residual else [])):
         assert torch.equal(actual[name].isnan().cpu(), expected[name].isnan()), name
-
-
-@both_layouts
-@both_tilings
-def test_deterministic(device, shape, channels_last):
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    inputs = inputs_of(shape, torch.bfloat16, residual=True).map(
-        lambda t: (t.contiguous(memory_format=form) if t.dim() == 4 else t).to(device)
-    )
-    first, second = (run_batch_norm(split, inputs, True, "relu") for _ in range(2))
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 @both_modes
@@ -312,20 +287,20 @@ def test_what_is_refused(device):
     assert "forked_batch_norm_act" not in functional.__all__
 
 
-@pytest.mark.parametrize("fork", [True, False], ids=["fork", "plain"])
 @residual_or_not
 @both_modes
-def test_opcheck(device, training, residual, fork):
+def test_opcheck(device, training, residual):
+    """With a fork; test_ops has the operators without."""
     t = inputs_of((3, 4, 5, 3), torch.float32, residual=residual).map(lambda t: t.to(device))
     for leaf in (t.input, t.residual, t.weight, t.bias):
         if leaf is not None:
             leaf.requires_grad_()
     given = (t.input, t.residual, t.weight, t.bias, t.running_mean, t.running_var)
     if training:
-        arguments = (*given, t.num_batches_tracked, 0.1, 1e-5, "relu", fork, True)
+        arguments = (*given, t.num_batches_tracked, 0.1, 1e-5, "relu", True, True)
         torch.library.opcheck(torch.ops.fusedres.batch_norm_act.default, arguments)
     else:
-        arguments = (*given, 1e-5, "relu", fork, True)
+        arguments = (*given, 1e-5, "relu", True, True)
         torch.library.opcheck(torch.ops.fusedres.batch_norm_act_inference.default, arguments)
 
 
@@ -348,8 +323,7 @@ def two_readers(x: Tensor, residual: Tensor, *buffers: Tensor, training: bool) -
     return batch_norm_act(out.square(), *second[:7], residual=fork, act="relu")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@both_modes
+@compiled_modes
 def test_compiled(device, training, backend):
     """fullgraph, and the two gradients still arrive apart."""
     torch._dynamo.reset()

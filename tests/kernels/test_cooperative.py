@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.instruments import codegen
+from benchmarks.instruments.launches_batch_norm import cooperative_launches
 from fusedres import reference
 from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.kernels import batch_norm_cooperative, tiling
 from fusedres.kernels.layout import rows
 from fusedres.ops import preference
-from tests.kernels.test_codegen import run_compiled
+from tests.kernels.compiled import compiled
 from tests.oracle import batch_norm_inputs, check_batch_norm
 
 CPU = torch.device("cpu")
@@ -104,19 +106,12 @@ def test_made_up_figures_switch_it_on(cooperative, monkeypatch):
         assert cooperative.called is expected
 
 
-PROGRAM = """
-import torch
-from benchmarks.instruments import codegen
-from benchmarks.instruments.launches_batch_norm import cooperative_launches
-[launch] = cooperative_launches((4, 64, 56, 56), torch.bfloat16, channels_last=True, residual=True, add=False)
-compile = codegen.triton.compile
-def printing(*args, **kwargs):
-    compiled = compile(*args, **kwargs)
-    print(compiled.asm[{form!r}])
-    return compiled
-codegen.triton.compile = printing
-codegen.compile_launch(launch, {arch!r})
-"""
+def code(arch: str, form: str) -> str:
+    """What the compiler makes of the kernel."""
+    [launch] = cooperative_launches((4, 64, 56, 56), torch.bfloat16, channels_last=True, residual=True, add=False)
+    read = "_read_amd" if arch.startswith("gfx") else "_read_nvidia"
+    with mock.patch.object(codegen, read, lambda result: result.asm[form]):
+        return codegen.compile_launch.__wrapped__(launch, arch)  # not what is cached
 
 
 @pytest.mark.codegen
@@ -124,7 +119,7 @@ codegen.compile_launch(launch, {arch!r})
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
 def test_waiting_acquires(arch):
     """A loop of acquiring loads or atomics between the arrival and the partial results, then a barrier."""
-    text = run_compiled(["-c", PROGRAM.format(form="ptx", arch=arch)])
+    text = compiled(code, arch, "ptx")
     arrival = text.index("atom.global.gpu.acq_rel")
     between = text[arrival : text.index("ld.global.cg", arrival)]
     loop = re.search(
@@ -138,7 +133,7 @@ def test_waiting_acquires(arch):
 @pytest.mark.codegen
 @pytest.mark.floor
 def test_waiting_is_not_hoisted_on_amd():
-    text = run_compiled(["-c", PROGRAM.format(form="llir", arch="gfx942")])
+    text = compiled(code, "gfx942", "llir")
     assert re.search(r"(?:load atomic|atomicrmw \w+) [^\n]* acquire,", text), "the wait is no atomic"
 
 

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from fusedres.kernels import tiling
 from fusedres.kernels.layout import Rows
 
-pytestmark = pytest.mark.floor
-
 views = st.builds(
     lambda n, c, s, last: Rows(n * s, c, s, last),
     st.integers(1, 1 << 20), st.integers(1, 1 << 20), st.integers(1, 1 << 14), st.booleans(),

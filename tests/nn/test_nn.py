@@ -17,7 +17,6 @@ from tests.zoo import torchvision_models
 BATCH_NORM = next(info for info in module_db if info.module_cls is nn.BatchNorm2d)
 
 
-@pytest.mark.floor
 @pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("act", ["relu", None])
 @pytest.mark.parametrize("training", [True, False])

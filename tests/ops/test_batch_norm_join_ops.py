@@ -16,9 +16,9 @@ from fusedres.functional import (
     forked_batch_norm_add_batch_norm_act,
 )
 from tests.functional.join_parts import LEAVES, JoinInputs, join_inputs, run_join
+from tests.parameters import both_modes
 
-pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+pytestmark = pytest.mark.usefixtures("triton_backend")
 both_readers = pytest.mark.parametrize("fork", [False, True], ids=["plain", "fork"])
 
 

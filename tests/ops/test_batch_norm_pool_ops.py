@@ -16,11 +16,11 @@ import fusedres
 from fusedres import reference
 from fusedres.functional import BatchNormState, batch_norm_act_max_pool2d, normalise_max_pool2d
 from fusedres.nn import BatchNormActMaxPool2d
+from tests.parameters import both_modes, compiled_modes
 
-pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
+pytestmark = pytest.mark.usefixtures("triton_backend")
 WINDOW = ([3, 3], [2, 2], [1, 1])
 SHAPE, POOLED = (3, 4, 6, 5), (3, 4, 3, 3)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 def tensors(device: torch.device, dtype: torch.dtype = torch.float32, *, grad: bool = True) -> dict[str, Tensor]:
@@ -152,8 +152,7 @@ def test_fork_that_nobody_needs(device, monkeypatch):
     assert first is second
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@both_modes
+@compiled_modes
 def test_compiled_fork(device, training, backend):
     """Two readers in one graph, with eager's gradients and running statistics."""
     torch._dynamo.reset()

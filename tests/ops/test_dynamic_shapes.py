@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fusedres
 from fusedres.fusion.backend import compile_fused
 from tests import zoo
+from tests.parameters import covering
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -73,9 +74,7 @@ def check_step(compiled: Callable[..., Tensor], model: nn.Module, reference: nn.
         torch.testing.assert_close(buffer, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("told", ["", "by a mark", "by torch.compile"])
-@pytest.mark.parametrize("by_backend", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@covering(name=[*MODELS], by_backend=[False, True], told=["", "by a mark", "by torch.compile"])
 def test_batch_size(name, by_backend, told):
     """Told that it is dynamic, torch.compile compiles in the first call only, else once more for the second size."""
     build, shape = MODELS[name]
@@ -94,7 +93,6 @@ def test_batch_size(name, by_backend, told):
     assert counts == (3 * counts[:1] if told else [1, 2, 2])
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize("name", MODELS)
 def test_batch_size_in_the_data(name):
     """Down to an empty batch, without recompiling; PyTorch's own BatchNorm is not captured at all."""

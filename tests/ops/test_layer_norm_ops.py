@@ -14,7 +14,7 @@ from fusedres.functional import layer_norm_linear_act, linear_layer_norm_act
 from fusedres.nn import LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 from tests.oracle import LINEAR_LN, LN_LINEAR, LinearInputs, linear_inputs
 
-pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
+pytestmark = pytest.mark.usefixtures("triton_backend")
 both_orders = pytest.mark.parametrize("order", [LN_LINEAR, LINEAR_LN])
 both_paths = pytest.mark.parametrize("features", [(6, 10), (1100, 10)], ids=["one kernel", "vendor product"])
 MODULES = {
@@ -101,8 +101,10 @@ def call(order: str, t: LinearInputs) -> Tensor:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@every_module
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "aot_eager") for name in MODULES), ("LayerNormLinear", "inductor"), ("projection", "inductor")],
+)
 def test_compiled(device, name, backend):
     """fullgraph, and no recompilation from step to step."""
     torch._dynamo.reset()

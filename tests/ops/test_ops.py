@@ -14,8 +14,9 @@ import fusedres
 from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.nn import BasicBlock, BatchNormAct2d
 from tests.oracle import batch_norm_inputs, run_batch_norm
+from tests.parameters import compiled_modes
 
-pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
 
 def operator_arguments(device, dtype=torch.float32, *, residual: bool, grad: bool):
@@ -153,8 +154,7 @@ class PreActivation(nn.Module):
         return self.norms[1].add(self.conv(out), total)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("training", [True, False])
+@compiled_modes
 def test_compiled_sums(device, training, backend):
     """fullgraph, both outputs in the backward, running statistics included, no recompilation from step to step."""
     torch._dynamo.reset()
@@ -198,8 +198,7 @@ def test_compiled_sum_of_one_tensor(device, backend):
         assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("training", [True, False])
+@compiled_modes
 def test_compiled_block(device, training, backend):
     """fullgraph, running statistics included, and no recompilation from step to step."""
     torch._dynamo.reset()

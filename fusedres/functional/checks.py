@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -207,7 +207,7 @@ def check_pooling(
     """
     if input.dim() != 4:
         raise ValueError(f"input must have 4 dimensions (N, C, H, W), got shape {tuple(input.shape)}")
-    window = kernel_size, stride, padding, dilation
+    window: Any = (kernel_size, stride, padding, dilation)
     if list in map(type, window):  # which cannot be looked up
         window = tuple(tuple(value) if isinstance(value, list) else value for value in window)
     pooling, (height, width) = _pooling(*window, ceil_mode)

@@ -10,7 +10,7 @@ FLOOR_TRITON := 3.6.0
 FLOOR_NUMPY := 2.3.5
 FLOOR_PACKAGES := torch numpy setuptools expecttest hypothesis jinja2 matplotlib pytest pytest-benchmark pytest-xdist rich scikit-learn
 
-.PHONY: bench test test-floor lint format gpu clean
+.PHONY: bench test test-floor faults lint format gpu clean
 .PRECIOUS: $(VENV)/.installed-%
 
 bench: $(VENV)/.installed-bench
@@ -21,6 +21,9 @@ test: $(VENV)/.installed-test $(VENV)/.installed-zoo
 
 test-floor: $(FLOOR)/.installed
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n auto -m floor $(ARGS)
+
+faults: $(VENV)/.installed-test $(VENV)/.installed-zoo
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.planted_faults $(ARGS)
 
 lint: $(VENV)/.installed-dev $(VENV)/.installed-zoo
 	$(VENV)/bin/ruff check .

@@ -19,7 +19,6 @@ from tests.oracle import Tensors, batch_norm_inputs, check_batch_norm, run_batch
 from tests.parameters import (
     BOTH,
     DTYPES,
-    SHAPES,
     both_layouts,
     both_modes,
     covering,
@@ -54,7 +53,11 @@ def test_oracle(device, training, channels_last, dtype, act):
     check(inputs_of((3, 12, 7, 5), dtype), device, channels_last=channels_last, training=training, act=act)
 
 
-@covering(has_format, training=BOTH, channels_last=BOTH, shape=SHAPES)
+# The tiles are batch_norm_act's, whose tests have the other shapes.
+EDGES = [(5, 3, 1, 1), (1, 67, 5, 3), (5, 70, 17, 9), (2, 3, 97, 61), (6, 10), (2, 3, 4, 5, 2)]
+
+
+@covering(has_format, training=BOTH, channels_last=BOTH, shape=EDGES)
 def test_shapes(device, training, channels_last, shape):
     check(inputs_of(shape, torch.bfloat16), device, channels_last=channels_last, training=training, act="relu")
 
@@ -306,7 +309,7 @@ def test_residual_that_no_kernel_covers(device, monkeypatch, dtype):
     act=st.sampled_from(["relu", None]),
 )
 @hypothesis.settings(
-    max_examples=25, deadline=None, derandomize=True,
+    max_examples=12, deadline=None, derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 def test_random_shapes(device, shape, dtypes, channels_last, training, act):

@@ -91,7 +91,7 @@ def test_large_mean(device, channels_last, dtype, shape):
 @pytest.mark.parametrize(("first", "channels_last"), [(1.0, True), (20.0, False), (1e4, True)])
 def test_untypical_first_value(device, channels_last, first):
     """Moments are taken of differences to a channel's first value, which helps only where it is like the others."""
-    inputs = batch_norm_inputs((6, 16, 40, 40), torch.float32, mean=0.0, std=1.0)
+    inputs = batch_norm_inputs((6, 8, 40, 40), torch.float32, mean=0.0, std=1.0)
     assert inputs.running_mean is not None
     inputs.running_mean.zero_()  # so that nothing hides the error of the mean, which is near 0
     inputs.input[0, :, 0, 0] = first
@@ -249,7 +249,7 @@ def test_residual_that_no_kernel_covers(device, monkeypatch, dtype):
     act=st.sampled_from(["relu", None]),
 )
 @hypothesis.settings(
-    max_examples=25, deadline=None, derandomize=True,
+    max_examples=15, deadline=None, derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 def test_random_shapes(device, shape, dtype, channels_last, training, residual, act):

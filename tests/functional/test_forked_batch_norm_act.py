@@ -168,8 +168,9 @@ def test_one_memory_under_two_names(device):
     assert out.grad_fn is fork.grad_fn and out.output_nr != fork.output_nr
 
 
-@pytest.mark.parametrize("kind", ["expanded", "other layout", "slice"])
-@both_tilings
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("expanded", ONE_LAUNCH), ("other layout", TWO_LAUNCHES), ("slice", ONE_LAUNCH)]
+)
 def test_second_gradient_of_another_layout(device, shape, kind):
     """Right whichever of the two it is; autograd hands both on as they come."""
     inputs = inputs_of(shape, torch.float32, residual=True)
@@ -286,20 +287,20 @@ def test_what_is_refused(device):
     assert "forked_batch_norm_act" not in functional.__all__
 
 
-@pytest.mark.parametrize("fork", [True, False], ids=["fork", "plain"])
 @residual_or_not
 @both_modes
-def test_opcheck(device, training, residual, fork):
+def test_opcheck(device, training, residual):
+    """With a fork; test_ops has the operators without."""
     t = inputs_of((3, 4, 5, 3), torch.float32, residual=residual).map(lambda t: t.to(device))
     for leaf in (t.input, t.residual, t.weight, t.bias):
         if leaf is not None:
             leaf.requires_grad_()
     given = (t.input, t.residual, t.weight, t.bias, t.running_mean, t.running_var)
     if training:
-        arguments = (*given, t.num_batches_tracked, 0.1, 1e-5, "relu", fork, True)
+        arguments = (*given, t.num_batches_tracked, 0.1, 1e-5, "relu", True, True)
         torch.library.opcheck(torch.ops.fusedres.batch_norm_act.default, arguments)
     else:
-        arguments = (*given, 1e-5, "relu", fork, True)
+        arguments = (*given, 1e-5, "relu", True, True)
         torch.library.opcheck(torch.ops.fusedres.batch_norm_act_inference.default, arguments)
 
 

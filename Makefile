@@ -34,7 +34,7 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-gpu: $(VENV)/.installed-test $(VENV)/.installed-zoo
+gpu: $(VENV)/.installed-test
 	PYTHON=$(abspath $(VENV))/bin/python benchmarks/gpu.sh $(OUT) $(ARGS)
 
 clean:

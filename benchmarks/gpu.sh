@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 9 minutes: tests, compute-sanitizer, benchmarks. Needs no network and no
+# What needs a GPU, figures first, in under 9 minutes: benchmarks, tests, compute-sanitizer. Needs no network and no
 # virtual environment: PYTHON (default python3) with torch, triton, numpy, pytest, rich, matplotlib, hypothesis.
-# Usage: benchmarks/gpu.sh [output folder [stage...]]     (default: $OUT, then gpu-out; all stages but max-autotune)
-# A stage is one of those below, or quick or full for all of theirs. Stages that are named share all of the time.
+# Usage: benchmarks/gpu.sh [output folder [stage...]]     (default: $OUT, then gpu-out; the first nine stages)
+# A stage is one of those below, or full for all of its. Stages that are named share all of the time.
 # Leaves summary.txt, logs.tar.gz and results/<device>/<suite>.jsonl; a second run goes on from those rows.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,24 +12,23 @@ total=${GPU_SH_SECONDS:-510} # the last stage may take 8 more to end, and the su
 
 # Most valuable first, with each stage's share of the time; what one leaves goes to those behind it.
 stages=(
-    tests:90 memcheck:30 racecheck:30 initcheck:30
-    quick-models:160 quick-kernels:45 quick-mlp:30 quick-memory:10 probe:60
-    full-kernels:10 full-models:10 full-mlp:5 compile-study:20 max-autotune:100
+    sanity:40 models:170 kernels:40 mlp:20 compiled:115 bits:50 memcheck:25 racecheck:25 initcheck:25
+    memory:10 probe:60 full-kernels:100 full-models:100 full-mlp:60 compile-study:60 max-autotune:100 tests:120
 )
 asked=("${@:2}")
+((${#asked[@]})) || asked=("${stages[@]:0:9}") && asked=("${asked[@]%:*}")
 
 wanted() { # wanted STAGE
     local word
-    ((${#asked[@]})) || { [[ $1 != max-autotune ]]; return; }
     for word in "${asked[@]}"; do
         [[ $1 == "$word" || $1 == "$word"-* ]] && return
     done
     return 1
 }
 
-for word in ${asked[@]+"${asked[@]}"}; do
+for word in "${asked[@]}"; do
     [[ " ${stages[*]}" == *" $word:"* || " ${stages[*]}" == *" $word-"* ]] ||
-        { echo "gpu.sh: unknown stage $word; choose from quick full ${stages[*]%:*}" >&2; exit 2; }
+        { echo "gpu.sh: unknown stage $word; choose from full ${stages[*]%:*}" >&2; exit 2; }
 done
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 work=$(mktemp -d "${TMPDIR:-/tmp}/fusedres-gpu.XXXXXX") || exit 2
@@ -87,17 +86,19 @@ stage() { # stage NAME COMMAND...: log to a file, never stop the script
     note "$name" "$(judge "$name" "$status")" $((SECONDS - start)) "$name.log"
 }
 
+launches="tests/kernels/test_sanitize.py::test_sanitize" # every kernel, in small
+
 sanitize() { # sanitize TOOL
     if [[ -z $sanitizer ]]; then
         note "$1" "not run" 0 "compute-sanitizer was not found"
         return
     fi
     stage "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --target-processes all \
-        --show-backtrace no --print-limit 20 "$python" -m pytest -p no:cacheprovider -q -m gpu tests/kernels/test_sanitize.py
+        --show-backtrace no --print-limit 20 "$python" -m pytest -p no:cacheprovider -q "$launches"
 }
 
-benchmark() { # benchmark STAGE SUITE OPTION...: what it begins last has a third of the time; rows are saved as they come
-    stage "$1" "$python" -m benchmarks "$2" --device cuda --seconds $((limit * 2 / 3)) --output "$out/results" "${@:3}"
+benchmark() { # benchmark STAGE SUITE OPTION...: rows are saved as they come; what begins last has a quarter
+    stage "$1" "$python" -m benchmarks "$2" --device cuda --seconds $((limit * 3 / 4)) --output "$out/results" "${@:3}"
 }
 
 if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then
@@ -117,11 +118,10 @@ if "$python" -c 'import xdist' 2>/dev/null; then
     workers=(-n $((processors < 12 ? processors : 12)))
 fi
 
-# Of what quick has left, torch.compile alone would take more than the time: in full where that is asked for by name.
-eager=()
-((${#asked[@]})) || eager=(
-    --provider eager --provider "eager channels-last" --provider fusedres --provider "fusedres + CUDA graph"
-)
+networks=(--full --dtype bfloat16 --workload resnet50 --workload resnet34 --batch 256 --batch 128 --batch 32)
+tests=(-m pytest -p no:cacheprovider -q)
+# Ordering, streams and graphs, run after run; and in many processes what the sanitizer runs in one.
+bits=(tests/kernels/test_{gpu,gpu_join,gpu_linear,cooperative}.py "$launches")
 for entry in "${stages[@]}"; do
     name=${entry%:*}
     wanted "$name" || continue
@@ -132,17 +132,24 @@ for entry in "${stages[@]}"; do
         continue
     fi
     case $name in
-        tests)
-            # What only a GPU can show comes first.
-            stage tests "$python" -m pytest -p no:cacheprovider -q --continue-on-collection-errors \
-                ${workers[@]+"${workers[@]}"} -m gpu tests/kernels/test_gpu.py tests/kernels/test_gpu_linear.py tests/kernels/test_sanitize.py tests
+        sanity) stage sanity "$python" "${tests[@]}" -vv tests/kernels/test_gpu_sanity.py ;; # a line a test
+        models) benchmark models models "${networks[@]}" --provider fusedres --provider "fusedres + CUDA graph" ;;
+        kernels | mlp) benchmark "$name" "$name" --quick --provider fusedres ;;
+        compiled) benchmark compiled models "${networks[@]}" --provider torch.compile ;;
+        bits)
+            stage bits "$python" "${tests[@]}" ${workers[@]+"${workers[@]}"} "${bits[@]}" \
+                -k "bit_for_bit or streams or graph or replays or synchronisation or two_launches or sanitize"
             ;;
         *check) sanitize "$name" ;;
-        quick-*) benchmark "$name" "${name#quick-}" --quick ;;
-        full-*) benchmark "$name" "${name#full-}" --full ${eager[@]+"${eager[@]}"} ;;
+        memory) benchmark memory memory --quick ;;
+        full-*) benchmark "$name" "${name#full-}" --full ;;
         max-autotune)
             benchmark "$name" models --quick --provider "torch.compile max-autotune" \
-                --provider torch.compile --provider "eager channels-last" --provider fusedres
+                --provider torch.compile --provider fusedres
+            ;;
+        tests)
+            mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+            stage tests "$python" "${tests[@]}" ${workers[@]+"${workers[@]}"} -m gpu "${files[@]}"
             ;;
         *) benchmark "$name" "$name" --full ;;
     esac

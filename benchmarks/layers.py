@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import fusedres
-from fusedres.functional import BatchNormState, forked_batch_norm_act
+from fusedres.functional import forked_batch_norm_act
 from fusedres.models import ResidualMLPBlock
 from fusedres.nn import BatchNormAct2d, batch_norm_state
 
@@ -104,7 +104,7 @@ class _FusedAddBatchNormRelu(_FusedJoin):
 
 class _FusedBatchNormAddReluTwice(_FusedJoin):
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        state = BatchNormState(**batch_norm_state(self.bn, x))
+        state = batch_norm_state(self.bn, x)
         return forked_batch_norm_act(x, state, residual=residual, act="relu")
 
 

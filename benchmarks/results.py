@@ -11,7 +11,8 @@ from typing import Any
 from benchmarks.environment import IDENTITY, ROOT
 from benchmarks.errors import BenchmarkError
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"  # published
+OURS = ROOT / "bench-results"  # of whoever runs them here
 SCHEMA = 2
 STATUSES = ("ok", "WRONG", "OOM", "failed", "unsupported", "not measured")
 Key = tuple[str, str, str, tuple[int, ...], str, str]
@@ -96,10 +97,15 @@ def tidy(path: Path, keys: Iterable[Key] | None = None) -> None:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Replace ``path``; whoever reads it meanwhile sees the old file or the new one."""
+    """Replace the rows of ``path``."""
+    replace(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Whoever reads ``path`` meanwhile sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    fresh.write_bytes(content)
     fresh.replace(path)
 
 

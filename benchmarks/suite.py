@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks import results
@@ -17,6 +15,7 @@ from benchmarks.environment import describe, folder_name
 from benchmarks.results import Key, Row
 
 CPU = torch.device("cpu")
+Step = Callable[[str, int], None]  # what is measured now, and how many rows came since
 
 
 @dataclass(frozen=True)
@@ -89,33 +88,23 @@ class Suite:
         return CPU if self.on_cpu else request.device
 
 
-def drive(suite: Suite, request: Request, cases: Sequence[Case], console: Console) -> list[Row]:
-    """Measure those of ``cases`` that are not there yet, save every row as it comes, and show all rows of ``cases``."""
+def drive(suite: Suite, request: Request, cases: Sequence[Case], step: Step) -> list[Row]:
+    """Measure those of ``cases`` that are not there yet and save every row as it comes; all rows of ``cases``."""
     path = suite.path(request)
     results.tidy(path)
     if not request.fresh:
         there = results.measured(results.read(path), describe(suite.device(request)))
         request = replace(request, there=frozenset(there))
     missing = [case for case in cases if not request.there.issuperset(case.keys)]
-    if len(missing) < len(cases):
-        console.print(
-            f"{suite.name}: {len(cases) - len(missing)} of {len(cases)} cases are there; --fresh repeats them"
-        )
+    step(suite.name, sum(len(case.keys) for case in cases) - sum(len(case.keys) for case in missing))
     unmeasured: dict[Key, Row] = {}
-    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(suite.name, total=sum(len(case.keys) for case in missing))
-        for row in suite.run(request, missing):
-            if row.status == "not measured":
-                unmeasured[row.key] = row
-            else:
-                results.append(path, row)
-            progress.update(task, advance=1, description=f"{suite.name}: {row.workload} {row.mode}")
-    keys = [key for case in cases for key in case.keys]
+    for row in suite.run(request, missing):
+        if row.status == "not measured":
+            unmeasured[row.key] = row
+        else:
+            results.append(path, row)
+        step(f"{suite.name}: {row.workload} {row.mode}", 1)
+    keys = list(dict.fromkeys(key for case in cases for key in case.keys))
     results.tidy(path, keys if request.fresh and request.whole else None)
     rows = unmeasured | {row.key: row for row in results.read(path)}
-    shown = [rows[key] for key in keys if key in rows]
-    if shown:
-        console.print(suite.table(shown))
-    console.print(f"rows: {path}", soft_wrap=True)
-    return shown
+    return [rows[key] for key in keys if key in rows]

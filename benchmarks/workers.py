@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -69,7 +70,8 @@ def apart(function: Callable[..., T], environment: Mapping[str, str | None], *ar
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    quietly = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the parent tells
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal, quietly)
 
 
 def _result(future: Future[T]) -> T:

@@ -159,8 +159,9 @@ def _networks(dtype: str, quick: bool) -> list[Workload]:
 def _small_networks(quick: bool) -> list[Workload]:
     """One block compiles in a quarter of a minute on a CPU; whole networks take part when there is time."""
     block, cifar = (64, 14, 14), (3, 32, 32)
+    image = cifar if quick else (3, 64, 64)
     networks = [
-        Workload("resnet50", models.resnet50, "float32", (4,), (3, 64, 64), (CLASSES,), check=(4, 3, 48, 48)),
+        Workload("resnet50", models.resnet50, "float32", (4,), image, (CLASSES,), check=(4, 3, 48, 48)),
         Workload("preact_resnet_cifar(20)", partial(models.preact_resnet_cifar, 20), "float32", (4,), cifar, (10,)),
     ]
     return [

@@ -14,11 +14,10 @@ import os
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from train_digits import accuracy, load
 
 import fusedres
 
@@ -35,14 +34,6 @@ def start() -> torch.device:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     return device
-
-
-def load(device: torch.device) -> list[Tensor]:
-    """Training and held-out images ``(N, 1, 8, 8)``, and the labels of both."""
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images / 16, labels, test_size=450, random_state=0, stratify=labels)
-    x, x_held, y, y_held = (torch.as_tensor(part, device=device) for part in split)
-    return [*(part.float().view(-1, 1, 8, 8) for part in (x, x_held)), y, y_held]
 
 
 def build(device: torch.device, *, shard: bool, compiled: bool) -> nn.Module:
@@ -81,13 +72,6 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
         dist.all_reduce(total)
         if rank == 0:
             print(f"epoch {epoch + 1}: loss {total.item():.4f}", flush=True)
-
-
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of images classified right; every rank looks at all of them."""
-    model.eval()
-    with torch.no_grad():
-        return (model(x).argmax(1) == y).double().mean().item()
 
 
 def main() -> None:

@@ -30,15 +30,41 @@ def batch_norm_act(
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """``act(batch_norm(input) + residual)``; arguments as :func:`fusedres.functional.batch_norm_act`."""
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+    norm = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+    return normalise(input, norm, residual=residual, act=act)
+
+
+def normalise(
+    input: Tensor, norm: tuple[Any, ...], *, residual: Tensor | None = None, act: str | None = None
+) -> Tensor:
+    """:func:`batch_norm_act`; ``norm`` holds its arguments after ``input`` and ``num_batches_tracked``."""
+    mean, var, weight, bias, training, momentum, eps, count = norm
+    if training and count is not None:
+        count.add_(1)
     if momentum is None:
         # The cumulative average; like PyTorch's own module, this reads the counter on the host.
-        momentum = 1.0 / float(num_batches_tracked) if training and num_batches_tracked is not None else 0.0
-    out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        momentum = 1.0 / float(count) if training and count is not None else 0.0
+    if torch.compiler.is_dynamo_compiling():  # patterns are found again in what is captured
+        out = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+        out = out if residual is None else out + residual
+        return torch.relu_(out) if act == "relu" else out
+    # F.batch_norm without its check, which the fused functions have made.
+    cudnn = not input.is_cpu and torch.backends.cudnn.enabled
+    out = torch.batch_norm(input, weight, bias, mean, var, training, momentum, eps, cudnn)
     if residual is not None:
-        out = out + residual
-    return torch.relu_(out) if act == "relu" else out
+        # Nobody else has seen `out`, and the backward of a normalisation does not read it.
+        out = out.add_(residual) if _adds_in_place(out, residual) else out + residual
+    return out.relu_() if act == "relu" else out
+
+
+def _adds_in_place(out: Tensor, residual: Tensor) -> bool:
+    """Whether ``out += residual`` is ``out + residual``; not where another kind of tensor or a transform decides."""
+    return (
+        type(out) is type(residual) is Tensor
+        and out.dtype is residual.dtype
+        and out.shape == residual.shape
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def batch_norm_act_global_avg_pool2d(
@@ -79,12 +105,16 @@ def add_batch_norm_act(
     num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(s, act(batch_norm(s)))`` of ``s = input + residual``, as :func:`fusedres.functional.add_batch_norm_act`."""
+    norm = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+    return add_normalise(input, residual, norm, act=act)
+
+
+def add_normalise(
+    input: Tensor, residual: Tensor, norm: tuple[Any, ...], *, act: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_batch_norm_act`, with ``norm`` as in :func:`normalise`."""
     total = input + residual
-    out = batch_norm_act(
-        total, running_mean, running_var, weight, bias, training, momentum, eps,
-        act=act, num_batches_tracked=num_batches_tracked,
-    )  # fmt: skip
-    return total, out
+    return total, normalise(total, norm, act=act)
 
 
 def batch_norm_act_conv2d(
@@ -152,11 +182,15 @@ def batch_norm_act_max_pool2d(
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """``max_pool2d(act(batch_norm(input)))``, as :func:`fusedres.functional.batch_norm_act_max_pool2d`."""
-    out = batch_norm_act(
-        input, running_mean, running_var, weight, bias, training, momentum, eps,
-        act=act, num_batches_tracked=num_batches_tracked,
-    )  # fmt: skip
-    return F.max_pool2d(out, kernel_size, stride, padding, dilation, ceil_mode)
+    norm = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+    return normalise_max_pool2d(input, norm, (kernel_size, stride, padding, dilation, ceil_mode), act=act)
+
+
+def normalise_max_pool2d(
+    input: Tensor, norm: tuple[Any, ...], window: tuple[Any, ...], *, act: str | None = None
+) -> Tensor:
+    """:func:`batch_norm_act_max_pool2d`, with ``norm`` as in :func:`normalise`."""
+    return F.max_pool2d(normalise(input, norm, act=act), *window)
 
 
 def batch_norm_add_batch_norm_act(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,13 @@ def test_benchmarks_use_the_public_api(path: Path) -> None:
         top = name.split(".")[0]
         assert top != "triton", f"{name}: only an instrument looks into triton"
         assert top != "fusedres" or ".".join(name.split(".")[:2]) in BENCHMARKS_MAY_IMPORT, name
+
+
+def test_importing_the_package_imports_no_compiler() -> None:
+    """Neither triton nor the parts of PyTorch that take longer to import than all of this package."""
+    code = "import sys, torch; before = {*sys.modules}; import fusedres; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {name.split(".")[0] for name in done.stdout.split()} == {"fusedres"}
 
 
 def test_every_source_has_a_place() -> None:

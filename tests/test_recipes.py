@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it stands; libraries that are not installed are stood in for."""
+"""Every Python block of README and docs runs as it stands; libraries that are not installed are stood in for."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from torch import nn
 import fusedres
 from tests import zoo
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCKS = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+RUN = (  # a text of each block that a test below runs
+    "fusedres.unfuse(model)", "torch.compile(model)", "import torchvision", "import timm", 'backend="fusedres"',
+    "filter_fn=", "class Block", "import lightning", "import accelerate", "mkldnn.flags",
+)  # fmt: skip
 
 
-def block(text: str) -> str:
-    """The one block with ``text`` in it."""
-    [found] = [code for code in BLOCKS if text in code]
-    return found
-
-
-def run(code: str) -> dict[str, Any]:
+def run(text: str) -> dict[str, Any]:
+    """The names of the one block with ``text`` in it, after it ran."""
+    [code] = [code for code in BLOCKS if text in code]
     names: dict[str, Any] = {"__name__": "recipe"}
-    exec(compile(code, "<README.md>", "exec"), names)
+    exec(compile(code, "<recipe>", "exec"), names)
     return names
 
 
@@ -62,22 +63,35 @@ def changed(model: nn.Module, seed_of: nn.Module) -> bool:
 
 
 def test_every_block_is_run_here():
-    known = ("20-second", "torch.compile(model)", "import torchvision", "import timm", "import lightning", "accelerate")
-    assert len(BLOCKS) == len(known)
-    assert block("fusedres.unfuse(model)") is BLOCKS[0]
-    assert all(len([code for code in BLOCKS if text in code]) == 1 for text in known[1:])
+    assert len(BLOCKS) == len(RUN)
+    assert all(sum(text in code for text in RUN) == 1 for code in BLOCKS)
 
 
 def test_example():
-    names = run(block("fusedres.unfuse(model)"))
+    names = run("fusedres.unfuse(model)")
     assert not is_fused(names["model"])
     assert names["model"].conv1.weight.grad is not None
 
 
+def test_table_of_the_example(monkeypatch, device):
+    """The README shows lines of what the example prints where kernels run, and says how many rows it leaves out."""
+    monkeypatch.setenv("FUSEDRES_BACKEND", "auto")
+    table = fusedres.explain(fusedres.models.resnet50().to(device), input=(256, 3, 224, 224))
+    readme = PAGES[0].read_text()
+    [shown] = re.findall(r"```\n(module .*?)```", readme, re.DOTALL)
+    printed = iter(str(table).splitlines())
+    lines = [line for line in shown.splitlines() if line != "..."]
+    for line in lines:
+        start, shortened, _ = line.partition(" ...")
+        assert any(full == line or (shortened and full.startswith(start)) for full in printed), line
+    rows = len(lines) - 3  # without the header, the total and the remark
+    assert f"with {len(table.rows) - rows} of {len(table.rows)} rows left out" in readme
+
+
 def test_plain_loop(monkeypatch):
-    # Inductor compiles such models in test_fuse_compile.py; here a C++ compiler would take minutes.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    names = run(block("torch.compile(model)"))
+    # Inductor compiles such models in tests/fusion/test_fuse_compile.py; here a C++ compiler would take minutes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    names = run("torch.compile(model)")
     model, original = names["model"], names["original"]
     assert is_fused(model)
     assert not is_fused(original)
@@ -91,7 +105,7 @@ def test_plain_loop(monkeypatch):
 
 def test_torchvision(capsys):
     zoo.torchvision_models()
-    names = run(block("import torchvision"))
+    names = run("import torchvision")
     assert is_fused(names["model"])
     assert 0 < sum(row["bytes_saved"] for row in names["report"].rows) == names["report"].bytes_saved
     assert "total" in capsys.readouterr().out
@@ -99,9 +113,37 @@ def test_torchvision(capsys):
 
 def test_timm():
     zoo.timm_models()
-    names = run(block("import timm"))
+    names = run("import timm")
     assert is_fused(names["model"])
     assert names["scores"].shape == (2, 10)
+
+
+def test_backend(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, options={"stop": "eager"}))
+    names = run('backend="fusedres"')
+    assert not is_fused(names["model"])
+    assert names["model"].conv1.weight.grad is not None
+
+
+def test_parts_left_out():
+    model = run("filter_fn=")["model"]
+    assert type(model.layer4[0].bn1) is nn.BatchNorm2d and is_fused(model.layer3)
+    patterns = {row["pattern"] for row in fusedres.explain(model).rows}
+    assert "bn_act_maxpool" not in patterns and "bn_add_act" in patterns
+
+
+def test_own_block():
+    block = run("class Block")["block"]
+    rows = fusedres.explain(block).rows
+    assert [row["pattern"] for row in rows] == ["bn_act", "bn_add_act"]
+    assert block.bn1.weight.grad is not None
+
+
+def test_without_onednn():
+    """Where the weight gradient of its first projection would corrupt memory, see docs/conversion.md."""
+    names = run("mkldnn.flags")
+    projection = names["model"].layer2[0].downsample[0]
+    assert projection.in_channels == 4 and torch.isfinite(projection.weight.grad).all()
 
 
 class LightningModule(nn.Module):
@@ -131,7 +173,7 @@ class Trainer:
 
 def test_lightning(monkeypatch):
     stand_in(monkeypatch, "lightning", LightningModule=LightningModule, Trainer=Trainer)
-    names = run(block("import lightning"))
+    names = run("import lightning")
     model = names["trainer"].model.model
     assert is_fused(model)
     assert int(model.bn1.num_batches_tracked) == 2
@@ -154,7 +196,7 @@ class Accelerator:
 
 def test_accelerate(monkeypatch):
     stand_in(monkeypatch, "accelerate", Accelerator=Accelerator)
-    names = run(block("import accelerate"))
+    names = run("import accelerate")
     model = names["model"]
     assert is_fused(model)
     assert torch.isfinite(names["loss"])

@@ -19,7 +19,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fusedres.functional import BatchNormState
 from fusedres.functional.checks import check_batch_norm
 from fusedres.kernels import workspace
 from fusedres.nn.batch_norm import batch_norm_state
@@ -120,7 +119,7 @@ def parts(mode: str, ours: Callable[..., Tensor], norm: nn.BatchNorm2d, inputs: 
     PyTorch's dispatcher and autograd. What is not measured by itself is what a call is faster by without it.
     """
     x, residual = inputs[0], inputs[1] if len(inputs) > 1 else None
-    state = BatchNormState(**batch_norm_state(norm, x))
+    state = batch_norm_state(norm, x)
     call = step(mode, ours, norm, inputs)
     call()  # compiles
 

@@ -16,11 +16,11 @@ def traffic(report: Report) -> str:
     """A line a function to see, every shape to open."""
     rows = report.rows.get(("cpu", "traffic"))
     if not rows:
-        return "### Memory traffic\n\nNot measured (`traffic`).\n"
+        return ""
     first = {row.workload: (row.shape, row.layout) for row in reversed(rows)}
     named = [row for row in rows if (row.shape, row.layout) == first[row.workload]]
     text = (
-        "### Memory traffic\n\n"
+        "## Memory traffic\n\n"
         f"Bytes that the kernels move, counted exactly in Triton's interpreter ({rows[0].dtype}), and the budget;\n"
         "launches, and what ATen operators move beside the kernels, in the order of the columns. Functions of\n"
         "BatchNorm: issued bytes, in passes over one activation (one pass reads or writes it once). Functions with a\n"
@@ -31,7 +31,7 @@ def traffic(report: Report) -> str:
         f"{where(rows)}\n\n{counts(named)}\n"
     )
     if any(name.startswith(PREDICTED) for row in named for name in row.figures):
-        summary = "Predicted from bytes and datasheets, in µs: not measured"
+        summary = "Predicted from bytes and datasheets, in µs; no measurement"
         text += fold(predicted(named), summary, 0)
     text += report.images("cpu", "traffic", "traffic and budget")
     return f"{text}\n" + fold(counts(rows), f"all {len(rows)} measurements", 0)
@@ -83,10 +83,10 @@ def codegen(report: Report) -> str:
     """A line an architecture to see, every kernel to open."""
     rows = report.rows.get(("cpu", "codegen"))
     if not rows:
-        return "### Generated code\n\nNot measured (`codegen`).\n"
+        return ""
     kernels = pivot(rows, ("kernel",), lambda row: (row.workload,), _worst)
     return (
-        "### Generated code\n\n"
+        "## Generated code\n\n"
         "What the compilers made of the kernels, without a GPU: the worst of all variants, and which kernel it is.\n"
         "Bytes in flight: how many of the loads' are needed to keep the memory busy.\n"
         f"{where(rows)}\n\n{architectures(rows)}\n"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks.results import Row
 
-NOT_MEASURED = "not measured"
+NOT_MEASURED = "–"
 CASE = ("workload", "mode", "input", "dtype")
 VISIBLE = 12  # lines; a longer table has to be opened
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from benchmarks.reporting import headline
 from benchmarks.reporting.markdown import size, where
 from benchmarks.reporting.report import Rows
 from benchmarks.results import Row
 from benchmarks.suites import SUITES
 
 KEY = ("workload", "mode", "provider", "shape", "dtype", "layout")
+HEADLINE = "headline.svg"
 TEMPLATE = "page.html.j2"
 SAID = ("device", "driver", "torch", "triton", "python", "commit")  # above the table and not in it
 
@@ -26,6 +28,11 @@ def render(rows: Rows, plots: Mapping[str, bytes]) -> str:
     measured = {suite for _, suite in rows}
     return template.render(
         parts=[_part(device, suite, found, plots) for (device, suite), found in rows.items()],
+        top=[base64.b64encode(content).decode() for name, content in plots.items() if name == HEADLINE],
+        header=headline.HEADER,
+        lines=headline.lines(rows),
+        worse=headline.worse(rows),
+        on_cpu=headline.ON_CPU if rows and headline.device(rows) == "cpu" else "",
         missing=[name for name in SUITES if name not in measured],
     )
 

@@ -41,6 +41,10 @@ PEERS = {
     "inductor": STYLES["torch.compile"], "floor": (GREEN, "|"),
 }  # fmt: skip
 OVER = (VERMILLION, "X")
+STEPS = {
+    "eager channels-last": "eager PyTorch", "torch.compile": "torch.compile's schedule",
+    "fusedres, per layer": "fusedres, per layer", "fusedres, whole network": "fusedres, whole network",
+}  # fmt: skip
 LINES = 26  # cases in one plot
 SPEEDS = (0.1, 0.2, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 32)
 
@@ -81,6 +85,29 @@ def draw(rows: Rows) -> dict[str, bytes]:
         for name, figure in _figures(suite, measured)
     }
     return dict(sorted(drawn.items()))
+
+
+def headline(rows: Rows) -> dict[str, bytes]:
+    """The one figure at the top: elementwise bytes of a training step, a bar for each way to run it."""
+    network = rows.get(("cpu", "network"), ())
+    moved = {row.provider: row.figures["moved_mib"] or 0.0 for row in network if row.figures.get("moved_mib")}
+    shown = {text: moved[name] for name, text in STEPS.items() if name in moved}
+    if not shown:
+        return {}
+    figure = Figure(figsize=(8, 0.9 + 0.42 * len(shown)), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.barh(list(shown), list(shown.values()), color=[BLUE if "fusedres" in name else GREY for name in shown])
+    for place, value in enumerate(shown.values()):
+        axes.text(value, place, f" {value:.0f} MiB", va="center")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(0, 1.15 * max(shown.values()))
+    at = network[0]
+    axes.set_xlabel(
+        f"elementwise bytes of a {at.workload} training step, counted\n"
+        f"(MiB; {'×'.join(map(str, at.shape))}, {at.dtype}, channels-last; less is better)"
+    )
+    return {"headline.svg": _svg(figure, digest(network))}
 
 
 def digest(rows: Sequence[Row]) -> str:

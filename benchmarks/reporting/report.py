@@ -26,7 +26,7 @@ def load(folder: Path) -> Rows:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, and the names of the plots of them under ``folder``, as the README links to it."""
+    """All rows, and the names of the plots of them under ``folder``, as the text links to it."""
 
     rows: Rows
     plots: Collection[str]
@@ -44,4 +44,4 @@ class Report:
             for (device, name), rows in self.rows.items()
             if name == suite
         ]
-        return f"### {title}\n\n" + ("\n".join(parts) or f"Not measured (`{suite}`).\n")
+        return f"## {title}\n\n" + "\n".join(parts) if parts else ""

@@ -18,9 +18,9 @@ from benchmarks.suites import probe
 
 WIDTH, WORKLOADS = 150, 15
 SUITES = ("models", "mlp", "kernels")  # in the order of interest
-COMPILED, FUSED = "torch.compile", "fusedres"
+COMPILED, FUSED = "torch.compile", ("fusedres", "fusedres + CUDA graph")
 MODES = ("training", "inference")
-Group = tuple[str, str, str]  # suite, workload without its size, dtype
+Group = tuple[str, str, str, str]  # suite, workload without its size, dtype, what fusedres is combined with
 
 
 def main(folder: Path, console: Console) -> None:
@@ -69,9 +69,9 @@ def _speedups(rows: Sequence[Row], console: Console) -> None:
     compiled = {_place(row): row.figures["ms"] for row in rows if row.provider == COMPILED and row.status == "ok"}
     found: dict[Group, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row.provider != FUSED or row.status != "ok":
+        if row.provider not in FUSED or row.status != "ok":
             continue
-        cells = found[row.suite, row.workload.split(" ")[0], row.dtype]
+        cells = found[row.suite, row.workload.split(" ")[0], row.dtype, row.provider.removeprefix(FUSED[0])]
         if speedup := row.figures.get("speedup"):
             cells[row.mode, "eager"].append(speedup)
         if (theirs := compiled.get(_place(row))) and (ours := row.figures["ms"]):
@@ -82,7 +82,7 @@ def _speedups(rows: Sequence[Row], console: Console) -> None:
     ordered = sorted(found, key=lambda group: (SUITES.index(group[0]), group[2] != "bfloat16"))
     for group in ordered[:WORKLOADS]:
         cells = (_mean(found[group][mode, over]) for mode in MODES for over in ("eager", COMPILED))
-        table.add_row(" ".join(group[1:]), *cells)
+        table.add_row(" ".join(group[1:3]) + group[3], *cells)
     console.print(table)
     if len(ordered) > WORKLOADS:
         _line(console, f"and {len(ordered) - WORKLOADS} more")

@@ -1,29 +1,20 @@
-"""The README's timings: speeds over eager on each GPU and on a CPU, and what is not measured."""
+"""The README's timings: speeds over eager on each GPU and on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-import torch
-
 from benchmarks.reporting.markdown import (
     CASE,
-    NOT_MEASURED,
     Column,
     case,
     fold,
     listing,
     pivot,
-    size,
     speed,
     spread,
-    table,
     where,
 )
 from benchmarks.reporting.report import Report
-from benchmarks.results import RESULTS, Row
-from benchmarks.suite import Request
-from benchmarks.suites import SUITES
+from benchmarks.results import Row
 from benchmarks.workloads import TIMED
 
 TIMES = (
@@ -39,24 +30,17 @@ SUMMARY = ("suite", "mode", "dtype")
 
 
 def gpu(report: Report) -> str:
-    """Timings on each GPU, and what is left to measure."""
+    """Timings on each GPU."""
     devices = sorted({device for device, suite in report.rows if suite in TIMED} - {"cpu"})
-    text = "### On a GPU\n\n"
-    if not devices:
-        text += "Not measured: no GPU so far. `make gpu` on a machine with one fills this in.\n\n"
-        text += "".join(unmeasured(suite, []) for suite in TIMED)
-    for device in devices:
-        text += timings(report, device)
-        text += "".join(unmeasured(suite, report.rows.get((device, suite), [])) for suite in TIMED)
-    return text
+    return "## On a GPU\n\n" + "".join(timings(report, device) for device in devices) if devices else ""
 
 
 def cpu(report: Report) -> str:
     """The same at reduced size."""
     if not any(("cpu", suite) in report.rows for suite in TIMED):
-        return "### On a CPU, at reduced size\n\nNot measured.\n"
+        return ""
     return (
-        "### On a CPU, at reduced size\n\n"
+        "## On a CPU, at reduced size\n\n"
         "**These are not GPU timings.** On a CPU fusedres takes its reference path, which is eager PyTorch, so\n"
         "about 1.0x over eager is expected; what the run shows is that every provider computes the same thing and\n"
         "what conversion costs. One thread.\n\n"
@@ -87,25 +71,3 @@ def timings(report: Report, device: str) -> str:
 
 def _suite(row: Row) -> tuple[str, ...]:
     return row.suite, row.mode, row.dtype
-
-
-def unmeasured(suite: str, rows: Sequence[Row]) -> str:
-    """The cases that are measured on a GPU by default, and that no provider has a row of."""
-    planned = SUITES[suite].plan(Request(torch.device("cuda"), RESULTS, quick=False))
-    there = {(row.workload, row.mode, tuple(row.shape), row.dtype) for row in rows}
-    cases = dict.fromkeys((name, mode, shape, dtype) for c in planned for name, mode, _, shape, dtype, _ in c.keys)
-    missing = [case for case in cases if case not in there]
-    summary = f"<code>{suite}</code>: {len(missing)} of {len(cases)} cases {NOT_MEASURED}"
-    return fold(_missing(missing), summary, 0) if missing else ""
-
-
-def _missing(cases: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
-    found: dict[tuple[str, str], tuple[dict[int, None], dict[str, None]]] = {}
-    for workload, _, (batch, *sample), dtype in cases:
-        batches, dtypes = found.setdefault((workload, size(sample)), ({}, {}))
-        batches[batch], dtypes[dtype] = None, None
-    cells = (
-        [workload, f"{', '.join(map(str, batches))} of {sample}", ", ".join(dtypes), NOT_MEASURED]
-        for (workload, sample), (batches, dtypes) in found.items()
-    )
-    return table(["workload", "input", "dtype", "ms"], cells)

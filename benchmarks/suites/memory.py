@@ -80,7 +80,8 @@ def plan(request: Request) -> list[Case]:
     dtypes = request.dtypes or (("float32",) if on_cpu or request.quick else ("bfloat16", "float32"))
     if on_cpu and dtypes != ("float32",):
         raise BenchmarkError(f"dtype {', '.join(dtypes)} is not measured on cpu; only float32 is")
-    names = ("resnet34", "resnet50", *(() if request.quick else ("preact_resnet50", "residual_mlp")))
+    names = ("resnet34", "resnet50", "preact_resnet50", "residual_mlp")
+    names = names[: 1 if on_cpu and request.quick else 2 if request.quick else None]
     batches = request.batches or ((8,) if on_cpu else (32,) if request.quick else (32, 128))
     return [
         Case(name, _entrants(request, SUBJECTS[name]), SUBJECTS[name].shape(batch, device), dtype, device.type)

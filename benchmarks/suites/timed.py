@@ -1,10 +1,11 @@
-"""Timings of layers and models, training and inference, every provider interleaved in one run."""
+"""Timings of layers and models, training and inference, providers interleaved with the baseline in one run."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -28,6 +29,7 @@ from benchmarks.workloads import DTYPES, TIMED, Workload, workloads
 
 MODEL_SECONDS, LAYER_SECONDS = 5.0, 0.5  # of timed rounds, for each case and mode
 WARM_UP = 0.2  # of those seconds
+TIMED_INPUTS = 2  # of a check at the timed size, which is large: float64 takes its time
 MIN_ROUNDS, MAX_ROUNDS = 20, 200
 # A frame is compiled anew for each provider, mode and size. Beyond the limit, Dynamo would run the model eagerly and
 # say so in a warning alone: such a provider has failed.
@@ -68,14 +70,26 @@ class Timed:
 
 
 def plan(suite: str, request: Request) -> list[Timed]:
-    """Every workload at its first batch size, then at its second, and so on."""
+    """Every workload at its first batch size, then at its second, and so on.
+
+    A network on a GPU takes long enough to be a case a provider, beside the baseline: what is measured is saved.
+    """
     chosen = select(request.providers, request.device, quick=request.quick)
+    apart = suite == "models" and request.device.type == "cuda"
     cases = [
-        (number, Timed(suite, workload, batch, tuple(workload.entrants(chosen))))
+        (number, Timed(suite, workload, batch, tuple(providers)))
         for workload in workloads(suite, request)
+        for entrants in [workload.entrants(chosen)]
+        for providers in (_pairs(workload, entrants) if apart else [entrants])
         for number, batch in enumerate(workload.batches)
     ]
     return [case for _, case in sorted(cases, key=lambda numbered: numbered[0])]
+
+
+def _pairs(workload: Workload, entrants: list[Provider]) -> list[list[Provider]]:
+    """Each with the baseline; where there is no other, that alone."""
+    others = [p for p in entrants if p.name != workload.baseline]
+    return [workload.entrants([other]) for other in others] or [entrants]
 
 
 def run(request: Request, cases: Sequence[Timed]) -> Iterator[Row]:
@@ -173,8 +187,18 @@ class _Measurement:
         return first, broken
 
     def _check(self, case: Timed, instances: list[Instance]) -> dict[str, dict[str, Any]]:
-        shape = self.workload.checked(case.batch)
-        batches = (self._batch(shape, seed) for seed in range(1, parity.INPUTS + 1))
+        """At the workload's size, or at the timed one if that compiles nothing anew and float64 fits the memory."""
+        sizes = {self.workload.checked(case.batch): parity.INPUTS}
+        if any(instance.provider.compiles for instance in instances):
+            sizes = {(case.batch, *self.workload.sample): TIMED_INPUTS} | sizes
+        *larger, last = sizes
+        for shape in larger:
+            with suppress(torch.OutOfMemoryError):
+                return self._check_at(shape, sizes[shape], instances)
+        return self._check_at(last, sizes[last], instances)
+
+    def _check_at(self, shape: tuple[int, ...], inputs: int, instances: list[Instance]) -> dict[str, dict[str, Any]]:
+        batches = (self._batch(shape, seed) for seed in range(1, inputs + 1))
         return parity.check(instances, self.model, batches, self.dtype, channels_last=self.workload.channels_last)
 
     def _figures(self, case: Timed, mode: str, steps: dict[str, Step]) -> dict[str, dict[str, float | None]]:

@@ -1,12 +1,12 @@
 """Fused functions: validation, the choice between kernels and the reference, and the public documentation."""
 
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
+from fusedres.functional.batch_norm import add_normalise as add_normalise  # for nn
 from fusedres.functional.batch_norm import forked_batch_norm_act as forked_batch_norm_act  # for fusion
+from fusedres.functional.batch_norm import normalise as normalise  # for nn
 from fusedres.functional.batch_norm_head import batch_norm_act_global_avg_pool2d
 from fusedres.functional.batch_norm_pool import batch_norm_act_max_pool2d
-from fusedres.functional.batch_norm_pool import (
-    forked_batch_norm_act_max_pool2d as forked_batch_norm_act_max_pool2d,  # for fusion
-)
+from fusedres.functional.batch_norm_pool import normalise_max_pool2d as normalise_max_pool2d  # for fusion
 from fusedres.functional.checks import ACTIVATIONS as ACTIVATIONS  # for nn
 from fusedres.functional.checks import BatchNormState as BatchNormState
 from fusedres.functional.convolution import add_batch_norm_act_conv2d, batch_norm_act_conv2d
@@ -24,6 +24,7 @@ from fusedres.ops import pool_refusal as pool_refusal
 from fusedres.ops import refusal as refusal
 from fusedres.ops import slower_than_eager as slower_than_eager
 from fusedres.ops import standing as standing
+from fusedres.ops import takes_reference as takes_reference
 from fusedres.reference import Extent as Extent  # for nn
 
 __all__ = [

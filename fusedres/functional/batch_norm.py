@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fusedres import ops, reference
-from fusedres.functional.checks import BatchNormState, check_batch_norm, needs_grad
-from fusedres.ops import eager_is_faster, is_known, kind, sync_batch_norm_act, use_kernels
+from fusedres.functional.checks import BatchNormState, check_batch_norm, is_usual, needs_grad
+from fusedres.ops import eager_is_faster, is_known, kind, sync_batch_norm_act, takes_reference, use_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,7 +66,20 @@ def batch_norm_act(
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
     """
     norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    shared = training and group is not None and group.size() > 1
+    return normalise(input, norm, residual, act, group)
+
+
+def normalise(
+    input: Tensor,
+    norm: BatchNormState,
+    residual: Tensor | None = None,
+    act: str | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """:func:`batch_norm_act` for those who have a ``norm`` in one piece."""
+    if takes_reference(input) and group is None and is_usual(input, norm, residual, act):
+        return reference.normalise(input, norm, residual=residual, act=act)
+    shared = norm.training and group is not None and group.size() > 1
     check_batch_norm(input, norm, residual, act, shared=shared)
     if shared:
         return _synchronised(input, residual, norm, act, group, added=False)
@@ -82,6 +95,9 @@ def forked_batch_norm_act(
     ``grad``, has the gradient of that reader alone. Neither name may be written to. Raises as
     :func:`batch_norm_act` does.
     """
+    if takes_reference(input) and is_usual(input, norm, residual, act):
+        out = reference.normalise(input, norm, residual=residual, act=act)
+        return out, out
     check_batch_norm(input, norm, residual, act)
     return _batch_norm_act(input, norm, residual, act, fork=True)
 
@@ -139,21 +155,33 @@ def add_batch_norm_act(
         TypeError, ValueError, RuntimeError: as :func:`batch_norm_act`, where ``input`` is the sum or a term of it.
     """
     norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    shared = training and group is not None and group.size() > 1
+    return add_normalise(input, residual, norm, act, group)
+
+
+def add_normalise(
+    input: Tensor, residual: Tensor, norm: BatchNormState, act: str | None = None, group: ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_batch_norm_act` for those who have a ``norm`` in one piece."""
+    if takes_reference(input) and group is None and is_usual(input, norm, residual, act):
+        return reference.add_normalise(input, residual, norm, act=act)
+    shared = norm.training and group is not None and group.size() > 1
     dtype = torch.promote_types(input.dtype, residual.dtype)
     check_batch_norm(input, norm, residual, act, shared=shared, dtype=dtype)
     if shared:
         return _synchronised(input, residual, norm, act, group, added=True)
-    if not use_kernels(input, residual, *norm.tensors) or eager_is_faster(input, "add+bn+relu", training, momentum):
-        return reference.add_batch_norm_act(input, residual, *norm[:7], act=act, num_batches_tracked=norm[7])
+    if not use_kernels(input, residual, *norm.tensors) or eager_is_faster(
+        input, "add+bn+relu", norm.training, norm.momentum
+    ):
+        return reference.add_normalise(input, residual, norm, act=act)
+    mean, var, weight, bias, training, momentum, eps, count = norm
     save_for_backward = needs_grad(input, residual, weight, bias)
     if training:
         return ops.add_batch_norm.add_batch_norm_act(
-            input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, act,
+            input, residual, weight, bias, mean, var, count, momentum, eps, act,
             save_for_backward,
         )[:2]  # fmt: skip
     return ops.add_batch_norm.add_batch_norm_act_inference(
-        input, residual, weight, bias, running_mean, running_var, eps, act, save_for_backward
+        input, residual, weight, bias, mean, var, eps, act, save_for_backward
     )[:2]
 
 

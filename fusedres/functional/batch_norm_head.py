@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusedres import ops, reference
-from fusedres.functional.checks import BatchNormState, check_batch_norm, needs_grad
-from fusedres.ops import eager_is_faster, use_kernels
+from fusedres.functional.checks import BatchNormState, check_batch_norm, is_usual, needs_grad
+from fusedres.ops import eager_is_faster, takes_reference, use_kernels
 
 
 def batch_norm_act_global_avg_pool2d(
@@ -43,6 +43,10 @@ def batch_norm_act_global_avg_pool2d(
         ValueError: as :func:`batch_norm_act`, and for an ``input`` of other than 4 dimensions.
     """
     norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    if takes_reference(input) and input.dim() == 4 and is_usual(input, norm, residual, act):
+        return reference.batch_norm_act_global_avg_pool2d(
+            input, *norm[:7], residual=residual, act=act, num_batches_tracked=num_batches_tracked
+        )
     check_batch_norm(input, norm, residual, act)
     if input.dim() != 4:
         raise ValueError(f"input must have 4 dimensions (N, C, H, W), got shape {tuple(input.shape)}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fusedres import ops, reference
-from fusedres.functional.checks import BatchNormState, Pooling, check_batch_norm, check_pooling, needs_grad
-from fusedres.ops import eager_is_faster, pool_refusal, use_kernels
+from fusedres.functional.checks import BatchNormState, check_batch_norm, check_pooling, is_usual, needs_grad
+from fusedres.ops import eager_is_faster, pool_refusal, takes_reference, use_kernels
 from fusedres.reference import Extent
 
 
@@ -55,43 +57,29 @@ def batch_norm_act_max_pool2d(
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input or the window.
     """
     norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    pooling = check_pooling(input, kernel_size, stride, padding, dilation, ceil_mode)
-    return _batch_norm_act_max_pool2d(input, norm, act, pooling, fork=False)[0]
+    window = kernel_size, stride, padding, dilation, ceil_mode
+    return normalise_max_pool2d(input, norm, act, window)[0]
 
 
-def forked_batch_norm_act_max_pool2d(
-    input: Tensor,
-    norm: BatchNormState,
-    *,
-    act: str | None = "relu",
-    kernel_size: Extent = 3,
-    stride: Extent | None = 2,
-    padding: Extent = 1,
-    dilation: Extent = 1,
-    ceil_mode: bool = False,
+def normalise_max_pool2d(
+    input: Tensor, norm: BatchNormState, act: str | None, window: tuple[Any, ...], *, fork: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """:func:`batch_norm_act_max_pool2d` for two readers: the output under two names, one for each.
+    """:func:`batch_norm_act_max_pool2d` for those who have a ``norm`` in one piece, and the ``window`` too.
 
-    Their gradients meet in the backward's kernels, not in a pass of autograd's own; a hook on one name, or its
-    ``grad``, has the gradient of that reader alone. Neither name may be written to. Raises as
-    :func:`batch_norm_act_max_pool2d` does.
+    The output twice: with ``fork`` for two readers, under a name for each. Their gradients meet in the backward's
+    kernels, not in a pass of autograd's own; a hook on one name, or its ``grad``, has the gradient of that reader
+    alone. Neither name may be written to.
     """
-    pooling = check_pooling(input, kernel_size, stride, padding, dilation, ceil_mode)
-    return _batch_norm_act_max_pool2d(input, norm, act, pooling, fork=True)
-
-
-def _batch_norm_act_max_pool2d(
-    input: Tensor, norm: BatchNormState, act: str | None, pooling: Pooling, *, fork: bool
-) -> tuple[Tensor, Tensor]:
-    """The output twice: with ``fork`` under two names, where a gradient is needed and the kernels run."""
+    pooling = check_pooling(input, *window)
+    if takes_reference(input) and is_usual(input, norm, None, act):
+        out = reference.normalise_max_pool2d(input, norm, pooling, act=act)
+        return out, out
     mean, var, weight, bias, training, momentum, eps, count = norm
     check_batch_norm(input, norm, None, act)
     refused = pool_refusal(pooling.kernel_size, pooling.dilation, pooling.ceil_mode)
     covered = use_kernels(input, *norm.tensors, reason=refused)
     if not covered or eager_is_faster(input, "bn+relu+maxpool", training, momentum):
-        out = reference.batch_norm_act_max_pool2d(
-            input, *norm[:7], act=act, **pooling._asdict(), num_batches_tracked=count
-        )  # fmt: skip
+        out = reference.normalise_max_pool2d(input, norm, pooling, act=act)
         return out, out
     save_for_backward = needs_grad(input, weight, bias)
     fork = fork and save_for_backward

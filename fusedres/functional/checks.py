@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,26 @@ def check_batch_norm(
             raise TypeError(f"residual must be floating-point, got {residual.dtype}")
     if norm.training:
         _check_training(input, norm, shared, name, prefix)
+
+
+def is_usual(input: Tensor, norm: BatchNormState, residual: Tensor | None, act: str | None) -> bool:
+    """Whether a call on a CPU is right because it is one of the most common kind, as found in about a microsecond."""
+    mean, var, weight, bias, training, momentum, _, count = norm
+    dtype = input.dtype
+    if act not in ACTIVATIONS or not dtype.is_floating_point or mean is None or var is None or momentum is None:
+        return False
+    if weight is None or bias is None or input.dim() < 2:
+        return False
+    channels = input.size(1)
+    for vector in (mean, var, weight, bias):
+        if vector.dtype is not dtype or vector.dim() != 1 or vector.numel() != channels or not vector.is_cpu:
+            return False
+    if residual is not None and (residual.dtype is not dtype or not residual.is_cpu or residual.shape != input.shape):
+        return False
+    if not training:
+        return True
+    counts = count is None or (count.dtype is torch.int64 and count.is_cpu and count.numel() == 1)
+    return counts and 0 < channels < input.numel()
 
 
 def _check_training(input: Tensor, norm: BatchNormState, shared: bool, name: str, prefix: str) -> None:
@@ -186,19 +207,30 @@ def check_pooling(
     """
     if input.dim() != 4:
         raise ValueError(f"input must have 4 dimensions (N, C, H, W), got shape {tuple(input.shape)}")
-    kernel = _window("kernel_size", kernel_size, 1)
-    pooling = Pooling(
-        kernel, kernel if stride is None else _window("stride", stride, 1), _window("padding", padding, 0),
-        _window("dilation", dilation, 1), bool(ceil_mode),
-    )  # fmt: skip
-    for place, size in enumerate(input.shape[2:]):
-        extent = pooling.dilation[place] * (kernel[place] - 1) + 1
-        if 2 * pooling.padding[place] > extent:
-            raise ValueError(f"padding must be at most half of the window {extent}, got {padding!r}")
-        room = size + 2 * pooling.padding[place] - extent + (pooling.stride[place] - 1 if ceil_mode else 0)
-        if is_known(room < 0):
-            raise ValueError(f"input of shape {tuple(input.shape)} is smaller than the window {kernel_size!r}")
+    window: Any = (kernel_size, stride, padding, dilation)
+    if list in map(type, window):  # which cannot be looked up
+        window = tuple(tuple(value) if isinstance(value, list) else value for value in window)
+    pooling, (height, width) = _pooling(*window, ceil_mode)
+    if is_known((input.shape[2] < height) | (input.shape[3] < width)):
+        raise ValueError(f"input of shape {tuple(input.shape)} is smaller than the window {kernel_size!r}")
     return pooling
+
+
+@functools.lru_cache(256, typed=True)
+def _pooling(
+    kernel_size: Extent, stride: Extent | None, padding: Extent, dilation: Extent, ceil_mode: bool
+) -> tuple[Pooling, list[int]]:
+    """The arguments as pairs, and the least rows and columns that an input has."""
+    kernel = _window("kernel_size", kernel_size, 1)
+    steps = kernel if stride is None else _window("stride", stride, 1)
+    pads, apart = _window("padding", padding, 0), _window("dilation", dilation, 1)
+    least = []
+    for size, step, pad, gap in zip(kernel, steps, pads, apart, strict=True):
+        extent = gap * (size - 1) + 1
+        if 2 * pad > extent:
+            raise ValueError(f"padding must be at most half of the window {extent}, got {padding!r}")
+        least.append(extent - 2 * pad - (step - 1 if ceil_mode else 0))
+    return Pooling(kernel, steps, pads, apart, bool(ceil_mode)), least
 
 
 def _window(name: str, value: Extent, least: int) -> tuple[int, int]:

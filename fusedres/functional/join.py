@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fusedres import ops, reference
 from fusedres.functional.batch_norm import batch_norm_act
-from fusedres.functional.checks import BatchNormState, check_batch_norm, check_residual, needs_grad
-from fusedres.ops import eager_is_faster, use_kernels
+from fusedres.functional.checks import BatchNormState, check_batch_norm, check_residual, is_usual, needs_grad
+from fusedres.ops import eager_is_faster, takes_reference, use_kernels
 
 
 def batch_norm_add_batch_norm_act(
@@ -68,6 +68,9 @@ def forked_batch_norm_add_batch_norm_act(
 def _join(
     input: Tensor, other: Tensor, norm: BatchNormState, other_norm: BatchNormState, act: str | None, *, fork: bool
 ) -> tuple[Tensor, Tensor]:
+    if takes_reference(input) and is_usual(input, norm, other, act) and is_usual(other, other_norm, None, act):
+        out = reference.batch_norm_add_batch_norm_act(input, other, norm, other_norm, act=act)
+        return out, out
     check_batch_norm(input, norm, None, act, prefix="norm.")
     check_residual(other, input, input.shape, "other")
     check_batch_norm(other, other_norm, None, act, name="other", prefix="other_norm.")

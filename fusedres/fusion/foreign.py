@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fusedres.functional import add_batch_norm_act, batch_norm_act
+from fusedres.functional import add_normalise, normalise
 from fusedres.fusion.derived import Derived, disguise
 from fusedres.nn import batch_norm_state
 
-torch.fx.wrap("batch_norm_act")  # one call in a symbolic trace, as in BatchNormAct2d
+torch.fx.wrap("normalise")  # one call in a symbolic trace, as in BatchNormAct2d
 _CLASS = ("timm.layers.norm_act", "BatchNormAct2d")
 
 
@@ -30,7 +30,7 @@ class TakenNorm(Derived):
         assert isinstance(self, nn.BatchNorm2d)
         if is_foreign(self) and not _has_any_global_hook():
             return foreign_norm(self, x)
-        out = batch_norm_act(x, **batch_norm_state(self, x))
+        out = normalise(x, batch_norm_state(self, x))
         return self.act(self.drop(out))  # pyright: ignore[reportCallIssue]
 
     @property
@@ -97,12 +97,12 @@ def foreign_pattern(norm: nn.Module) -> tuple[str, str]:
 
 def foreign_norm(norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
     """``norm(input)`` in one operation."""
-    return batch_norm_act(input, **batch_norm_state(norm, input), act=foreign_act(norm))
+    return normalise(input, batch_norm_state(norm, input), None, foreign_act(norm))
 
 
 def foreign_add_norm(norm: nn.BatchNorm2d, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """``(s, norm(s))`` of ``s = input + residual`` in one operation."""
-    return add_batch_norm_act(input, residual, **batch_norm_state(norm, input), act=foreign_act(norm))
+    return add_normalise(input, residual, batch_norm_state(norm, input), foreign_act(norm))
 
 
 def _is_watched(part: Any) -> bool:

@@ -15,16 +15,16 @@ from torch.nn.modules.module import _has_any_global_hook
 from fusedres.functional import (
     BatchNormState,
     autocasts,
-    batch_norm_act,
     batch_norm_act_conv2d,
     batch_norm_act_global_avg_pool2d,
-    batch_norm_act_max_pool2d,
     batch_norm_add_batch_norm_act,
     forked_batch_norm_act,
-    forked_batch_norm_act_max_pool2d,
     forked_batch_norm_add_batch_norm_act,
     layer_norm_linear_act,
     linear_layer_norm_act,
+    normalise,
+    normalise_max_pool2d,
+    takes_reference,
 )
 from fusedres.fusion.foreign import is_foreign
 from fusedres.nn import OWN_NORMS, BatchNormAct2d, batch_norm_state
@@ -41,7 +41,7 @@ OWN_ACT = "own"  # the activation of the BatchNormAct2d that is called
 
 def batch_norm(input: Tensor, norm: BatchNormState, act: str | None = None, residual: Tensor | None = None) -> Tensor:
     """``act(norm(input) + residual)`` in one operation."""
-    return batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=norm[7])
+    return normalise(input, BatchNormState(*norm), residual, act)
 
 
 def norm_add(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:
@@ -50,6 +50,8 @@ def norm_add(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, cha
     ``changes`` is the operand that the addition changed in place, ``"norm"`` or ``"residual"``, if any: its dtype
     is the result's.
     """
+    if _can_add(input, residual, changes):
+        return _normalise(norm, input, residual, act)
     return ended_norm(norm, input, residual, act, changes, None)[0]
 
 
@@ -117,14 +119,10 @@ def ended_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPoo
     if not _is_plain(norm) or input.dim() != 4 or indices:
         out = _normalise(norm, input, None, act)
         return end(pool(out) if isinstance(pool, nn.MaxPool2d) else F.max_pool2d(out, *pool), ends)
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    given = tuple(getattr(pool, name) for name in names) if isinstance(pool, nn.MaxPool2d) else pool
-    window: Any = dict(zip(names, given, strict=True))
-    state = _state(norm, input)
-    if ends == FORK:
-        return forked_batch_norm_act_max_pool2d(input, state, act=_act(norm, act), **window)
-    out = batch_norm_act_max_pool2d(input, *state[:7], act=_act(norm, act), **window, num_batches_tracked=state[7])
-    return end(out, ends)
+    if isinstance(pool, nn.MaxPool2d):
+        pool = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+    out, fork = normalise_max_pool2d(input, _state(norm, input), _act(norm, act), pool, fork=ends == FORK)
+    return (out, fork) if ends == FORK else end(out, ends)
 
 
 def end(out: Tensor, ends: Any) -> Ended:
@@ -139,8 +137,7 @@ def norm_linear(input: Tensor, norm: LayerNorm, linear: Linear, act: str | None)
     (shape, ln_weight, ln_bias, eps), (weight, bias) = _norm_arguments(norm), _linear_arguments(linear)
     if _is_usual(input, weight, bias, weight.shape[1:], shape, ln_weight, ln_bias):
         return layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
-    out = _run(linear, _run(norm, input))
-    return torch.relu(out) if act == "relu" else out
+    return _activate(_run(linear, _run(norm, input)), act)
 
 
 def linear_norm(input: Tensor, linear: Linear, norm: LayerNorm, act: str | None) -> Tensor:
@@ -148,8 +145,7 @@ def linear_norm(input: Tensor, linear: Linear, norm: LayerNorm, act: str | None)
     (weight, bias), (shape, ln_weight, ln_bias, eps) = _linear_arguments(linear), _norm_arguments(norm)
     if _is_usual(input, weight, bias, weight.shape[:1], shape, ln_weight, ln_bias):
         return linear_layer_norm_act(input, weight, bias, ln_weight, ln_bias, eps=eps, act=act)
-    out = _run(norm, _run(linear, input))
-    return torch.relu(out) if act == "relu" else out
+    return _activate(_run(norm, _run(linear, input)), act)
 
 
 def linear_norm_add(
@@ -192,14 +188,18 @@ def is_changed(norms: tuple[Any, ...], modules: tuple[Any, ...] = (), classes: t
     for norm in norms:
         if type(norm) not in OWN_NORMS and not is_foreign(norm):
             return True
-    for module, kind in zip(modules, classes, strict=True):
-        if type(module) is not kind:
-            return True
+    if tuple(map(type, modules)) != classes:
+        return True
     for module in norms + modules:
-        if "forward" in module.__dict__:
-            return True
         # In each forward of each block: is_hooked() without the call.
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        own = module.__dict__
+        if (
+            "forward" in own
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
             return True
     return bool(_has_any_global_hook())
 
@@ -228,7 +228,7 @@ def _is_plain(norm: BatchNorm) -> bool:
 
 
 def _state(norm: BatchNorm, input: Tensor) -> BatchNormState:
-    return BatchNormState(*norm) if isinstance(norm, tuple) else BatchNormState(**batch_norm_state(norm, input))
+    return BatchNormState(*norm) if isinstance(norm, tuple) else batch_norm_state(norm, input)
 
 
 def _act(norm: BatchNorm, act: str | None) -> str | None:
@@ -239,6 +239,8 @@ def _normalise(norm: BatchNorm, input: Tensor, residual: Tensor | None, act: str
     """``act(norm(input) + residual)`` by the layer's own function."""
     if isinstance(norm, tuple):
         return batch_norm(input, norm, act, residual)
+    if type(norm) is BatchNormAct2d:
+        return normalise(input, batch_norm_state(norm, input), residual, _act(norm, act))
     # By keyword: a normalisation that knows neither raises.
     given: dict[str, Any] = {} if residual is None else {"residual": residual}
     if act != OWN_ACT and (act is not None or getattr(norm, "act", None) is not None):
@@ -268,6 +270,13 @@ def _run(layer: Linear | LayerNorm, input: Tensor) -> Tensor:
     return F.linear(input, *layer) if len(layer) == 2 else F.layer_norm(input, *layer)  # pyright: ignore
 
 
+def _activate(out: Tensor, act: str | None) -> Tensor:
+    """``act(out)``, in place where ``out`` is a plain tensor: nobody else has seen it, and no backward reads it."""
+    if act is None:
+        return out
+    return out.relu_() if type(out) is Tensor else torch.relu(out)
+
+
 def _linear_arguments(linear: Linear) -> tuple[Tensor, Tensor | None]:
     return (linear.weight, linear.bias) if isinstance(linear, nn.Module) else linear
 
@@ -286,7 +295,9 @@ def _is_usual(
     ln_bias: Tensor | None,
 ) -> bool:
     """Whether the fused functions take what eager takes; what is unusual, or wrong, is left to eager."""
-    if not isinstance(input, Tensor) or input.is_nested or weight.dim() != 2 or tuple(shape) != tuple(features):
+    if not isinstance(input, Tensor) or takes_reference(input):
+        return False
+    if input.is_nested or weight.dim() != 2 or tuple(shape) != tuple(features):
         return False
     if input.dim() == 0 or input.shape[-1] != weight.shape[1] or not input.is_floating_point():
         return False

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from fusedres.functional import (
     ACTIVATIONS,
+    BatchNormState,
     Extent,
-    add_batch_norm_act,
-    batch_norm_act,
+    add_normalise,
     batch_norm_act_max_pool2d,
+    normalise,
 )
 from fusedres.nn.scripting import Unscriptable
 
 # Seen by torch.fx as one call, so that a symbolic trace of a fused model does not enter the validation.
-torch.fx.wrap("batch_norm_act")
-torch.fx.wrap("add_batch_norm_act")
+torch.fx.wrap("normalise")
+torch.fx.wrap("add_normalise")
 torch.fx.wrap("batch_norm_act_max_pool2d")
 
 _OWN = "own"  # `act` left out of a call: the module's own
@@ -75,14 +76,18 @@ class BatchNormAct2d(_BatchNormWithAct):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, act: str | None = _OWN) -> Tensor:
         """Normalise ``input`` ``(N, C, H, W)``; ``act`` overrides the module's for this call."""
-        return batch_norm_act(input, **self._state(input), residual=residual, act=self.act if act == _OWN else act)
+        act = self.act if act == _OWN else act
+        group = None if type(self) is BatchNormAct2d else self._group()
+        return normalise(input, batch_norm_state(self, input), residual, act, group)
 
     def add(self, input: Tensor, residual: Tensor, *, act: str | None = _OWN) -> tuple[Tensor, Tensor]:
         """``(s, self(s))`` of ``s = input + residual``, see :func:`fusedres.functional.add_batch_norm_act`."""
-        return add_batch_norm_act(input, residual, **self._state(input), act=self.act if act == _OWN else act)
+        act = self.act if act == _OWN else act
+        return add_normalise(input, residual, batch_norm_state(self, input), act, self._group())
 
-    def _state(self, input: Tensor) -> dict[str, Any]:
-        return batch_norm_state(self, input)
+    def _group(self) -> Any:
+        """The ranks over whose batches the statistics are taken."""
+        return None
 
 
 class BatchNormActMaxPool2d(_BatchNormWithAct):
@@ -115,7 +120,10 @@ class BatchNormActMaxPool2d(_BatchNormWithAct):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise and pool ``input`` ``(N, C, H, W)``."""
-        return batch_norm_act_max_pool2d(input, **batch_norm_state(self, input), act=self.act, **self._pooling())
+        state = batch_norm_state(self, input)
+        return batch_norm_act_max_pool2d(
+            input, *state[:7], act=self.act, **self._pooling(), num_batches_tracked=state[7]
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self._pooling().items())])
@@ -128,27 +136,25 @@ class BatchNormActMaxPool2d(_BatchNormWithAct):
         return "pooling" if self.act is None else "activation and its pooling"
 
 
-def batch_norm_state(norm: nn.BatchNorm2d, input: Tensor) -> dict[str, Any]:
-    """What ``norm`` normalises ``input`` with in its mode: arguments of :func:`fusedres.functional.batch_norm_act`.
+def batch_norm_state(norm: nn.BatchNorm2d, input: Tensor) -> BatchNormState:
+    """What ``norm`` normalises ``input`` with in its mode.
 
     Raises:
         ValueError: ``input`` is not ``(N, C, H, W)``.
     """
-    if not isinstance(input, torch.fx.Proxy):  # a symbolic trace has no dimensions yet
+    if isinstance(input, Tensor) and input.dim() != 4:  # a symbolic trace has no dimensions yet
         norm._check_input_dim(input)
     training = norm.training
     tracking = training and norm.track_running_stats
-    mean, var = (norm.running_mean, norm.running_var) if tracking or not training else (None, None)
-    return {
-        "running_mean": mean,
-        "running_var": var,
-        "weight": norm.weight,
-        "bias": norm.bias,
-        "training": training or mean is None,
-        "momentum": norm.momentum,
-        "eps": norm.eps,
-        "num_batches_tracked": norm.num_batches_tracked if tracking else None,
-    }
+    # Past Module.__getattr__, which takes longer than all else here; a parametrized weight is no parameter.
+    parameters, buffers = norm._parameters, norm._buffers
+    if "weight" in parameters and "bias" in parameters:
+        weight, bias = parameters["weight"], parameters["bias"]
+    else:
+        weight, bias = norm.weight, norm.bias
+    mean, var = (buffers["running_mean"], buffers["running_var"]) if tracking or not training else (None, None)
+    count = buffers["num_batches_tracked"] if tracking else None
+    return BatchNormState(mean, var, weight, bias, training or mean is None, norm.momentum, norm.eps, count)
 
 
 def as_batch_norm_act(module: nn.Module, act: str | None) -> BatchNormAct2d:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.nn.batch_norm import BatchNormAct2d, batch_norm_state
+from fusedres.nn.batch_norm import BatchNormAct2d
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -40,12 +40,11 @@ class SyncBatchNormAct(BatchNormAct2d):
         if input.dim() < 2:
             raise ValueError(f"input must have at least 2 dimensions (N, C, *), got shape {tuple(input.shape)}")
 
-    def _state(self, input: Tensor) -> dict[str, Any]:
-        group = None
-        if self.training and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD if self.process_group is None else self.process_group
-            group = None if group == dist.GroupMember.NON_GROUP_MEMBER else group
-        return {**batch_norm_state(self, input), "group": group}
+    def _group(self) -> Any:
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return None if group == dist.GroupMember.NON_GROUP_MEMBER else group
 
 
 OWN_NORMS = (BatchNormAct2d, SyncBatchNormAct)

@@ -16,6 +16,7 @@ from fusedres.ops.dispatch import multiplies_itself as multiplies_itself
 from fusedres.ops.dispatch import path_for as path_for
 from fusedres.ops.dispatch import pool_refusal as pool_refusal
 from fusedres.ops.dispatch import refusal as refusal
+from fusedres.ops.dispatch import takes_reference as takes_reference
 from fusedres.ops.dispatch import tf32 as tf32
 from fusedres.ops.dispatch import use_kernels as use_kernels
 from fusedres.ops.preference import eager_is_faster as eager_is_faster

@@ -6,23 +6,32 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fusedres.kernels.layout import MAX_WINDOW
 from fusedres.kernels.tiling import MAX_LAYER_NORM, fuses_layer_norm_linear, fuses_linear_layer_norm
 from fusedres.kernels.workspace import num_sms
 
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ENVIRONMENT: Any = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
 _KEYS = {name: os.environ.encodekey(name) for name in ("FUSEDRES_BACKEND", "FUSEDRES_COOPERATIVE")}
+_BACKEND = _KEYS["FUSEDRES_BACKEND"]
+_REFERENCE = os.environ.encodevalue("reference")
+_AUTO = (None, os.environ.encodevalue(""), os.environ.encodevalue("auto"))
+
+
+def _constant(function: FunctionT) -> FunctionT:
+    """What :func:`torch.compiler.assume_constant_result` does, without importing the compiler for it."""
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -45,6 +54,14 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def takes_reference(input: Tensor) -> bool:
+    """Whether no kernel is for tensors where ``input`` is: what a CPU can be told without looking any further."""
+    if not input.is_cpu or torch.compiler.is_dynamo_compiling():
+        return False
+    chosen = _ENVIRONMENT.get(_BACKEND)
+    return chosen == _REFERENCE or (chosen in _AUTO and not _triton()[1])
+
+
 def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None) -> bool:
     """Whether a call with these tensors, of which ``input`` is the activation, goes to the kernels.
 
@@ -54,6 +71,8 @@ def use_kernels(input: Tensor, *others: Tensor | None, reason: str | None = None
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers it.
         ValueError: ``FUSEDRES_BACKEND`` is unknown.
     """
+    if takes_reference(input):
+        return False
     given = [input, *[tensor for tensor in others if tensor is not None]]
     reason = refusal(input.device, input.dtype) or reason or _transform_refusal(given)
     for tensor in given:
@@ -107,7 +126,11 @@ def is_known(condition: bool | torch.SymBool) -> bool:
 
     The operators themselves take what is not refused for that reason, such as a batch that turns out to be empty.
     """
-    return guard_or_false(condition) if torch.compiler.is_compiling() else bool(condition)
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports SymPy
+
+    return guard_or_false(condition)
 
 
 def autocasts(input: Tensor) -> bool:
@@ -125,13 +148,13 @@ def autocast_dtypes(input: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return linear, torch.float32 if device == "cuda" else linear
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def tf32() -> bool:
     """Whether PyTorch is told to multiply float32 matrices in TF32, by its newer or its older switch."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _policy() -> tuple[str, bool, bool]:
     return environment("FUSEDRES_BACKEND") or "auto", *_triton()
 
@@ -175,6 +198,6 @@ def _transform_refusal(tensors: list[Tensor]) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()

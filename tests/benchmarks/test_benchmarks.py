@@ -23,7 +23,6 @@ from benchmarks.results import Key, Row
 from benchmarks.suite import CPU, Request, Suite
 
 ROOT = Path(__file__).resolve().parents[2]
-QUIET = Console(quiet=True)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def counting(measured: list[str], *, stop_at: str | None = None, status: str = "
 
 
 def drive(one: Suite, request: Request) -> list[Row]:
-    return suite.drive(one, request, one.plan(request), QUIET)
+    return suite.drive(one, request, one.plan(request), lambda text, count: None)
 
 
 def test_a_rerun_measures_what_is_missing(tmp_path: Path) -> None:
@@ -182,6 +181,8 @@ def test_the_code_that_is_measured_has_a_name(monkeypatch: pytest.MonkeyPatch) -
         (["models", "--device", "cpu", "--dtype", "float16"], "is not measured on cpu"),
         (["models", "--quick", "--full"], "not allowed with argument"),
         (["train", "--interpreted-steps", "-1"], "must not be negative"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["kernels", "--publish"], "run: python -m benchmarks report --publish"),
     ],
 )
 def test_bad_requests_end_in_one_line(
@@ -198,6 +199,64 @@ def test_bad_requests_end_in_one_line(
     assert message in printed.err
     assert len(printed.err.splitlines()) == 1
     assert not list(tmp_path.iterdir()), "nothing is half-written"
+
+
+@pytest.mark.parametrize("word", ["kernels", "report", "all"])
+def test_a_folder_that_cannot_be_written_to(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(command, "SUITES", {"kernels": counting(measured)})
+    monkeypatch.setattr(command, "ALL", ("kernels",))
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    with pytest.raises(SystemExit, match="2"):
+        command.main([word, "--output", str(file / "rows")])
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert str(file) in message
+    assert "--output FOLDER" in message
+    assert measured == [], "before anything is measured"
+
+
+@pytest.mark.parametrize(("package", "word"), [("rich", "--help"), ("matplotlib", "all")])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(package: str, word: str, tmp_path: Path) -> None:
+    program = (
+        "import importlib.util, runpy, sys\n"
+        f"find = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else find(name, *rest)\n"
+        f"sys.argv[1:] = [{word!r}, '--output', {str(tmp_path / 'rows')!r}]\n"
+        "runpy.run_module('benchmarks', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    [message] = done.stderr.splitlines()
+    assert message.startswith(f"benchmarks: not installed: {package}; run: ")
+    assert message.endswith("-m pip install -e '.[bench]'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_ends_in_one_screen_and_touches_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "SUITES", {"suite": counting([])})
+    monkeypatch.setattr(command, "ALL", ("suite",))
+    monkeypatch.setattr(command, "CONSOLE", Console(width=170))
+    before = {path: path.read_bytes() for path in results.RESULTS.rglob("*.*")}
+    assert command.main(["--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.strip().splitlines()
+    assert len(shown) <= 40
+    assert shown[-1] == f"everything: {(tmp_path / 'index.html').as_uri()}"
+    assert (tmp_path / "index.html").exists()
+    assert "rows:" not in "".join(shown), "tables are for those who ask"
+    assert before == {path: path.read_bytes() for path in results.RESULTS.rglob("*.*")}
+    assert command.main(["--output", str(tmp_path), "--tables"]) == 0
+    assert "rows:" in capsys.readouterr().out
+
+
+def test_a_run_writes_where_git_does_not_look() -> None:
+    assert command._parse([]).output == results.OURS
+    assert f"{results.OURS.name}/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_measuring_needs_no_plots() -> None:
@@ -229,9 +288,9 @@ def test_an_interrupted_command_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(command.SUITES, "kernels", counting([], stop_at="b"))
-    monkeypatch.setattr(command, "CONSOLE", Console())
+    monkeypatch.setattr(command, "CONSOLE", Console(width=170))
     assert command.main(["kernels", "--output", str(tmp_path)]) == 130
-    assert "goes on from there" in capsys.readouterr().out
+    assert f"What was measured is kept in {tmp_path}; the same command goes on from there." in capsys.readouterr().out
     assert [r.workload for r in results.read(tmp_path / "cpu" / "suite.jsonl")] == ["a"]
 
 

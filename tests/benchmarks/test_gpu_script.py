@@ -5,33 +5,37 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("rich")
 from rich.console import Console
 
 import benchmarks.__main__ as cli
-from benchmarks import providers
+from benchmarks import providers, results, workloads
 from benchmarks.reporting import summary
 from benchmarks.results import Row
+from benchmarks.suite import Request
 from benchmarks.suites import SUITES, probe
+from tests.kernels import test_sanitize
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 CHECKS = ["memcheck", "racecheck", "initcheck"]
 MEASURED = ["kernels", "mlp", "models", "memory", "probe", "compile-study"]
-STAGES = [
-    "tests", *CHECKS, "quick-models", "quick-kernels", "quick-mlp", "quick-memory", "probe",
-    "full-kernels", "full-models", "full-mlp", "compile-study",
-]  # fmt: skip
-PYTHON = f"""#!{sys.executable}
+STAGES = ["sanity", "models", "kernels", "mlp", "compiled", "bits", *CHECKS]
+FULL = ["full-kernels", "full-models", "full-mlp"]
+NAMED = ["memory", "probe", *FULL, "compile-study", "max-autotune", "tests"]  # they run where they are named
+PYTHON = f"""#!{sys.executable} -IS
 import json, os, shutil, sys, time
 from pathlib import Path
 
@@ -40,12 +44,12 @@ here = Path({{here!r}})
 if arguments[0] == "-c":
     sys.exit(os.environ.get("STUB_MISSING", "nothing") in arguments[1])
 if arguments[:2] == ["-m", "benchmarks.reporting.summary"]:
-    if "STUB_FIGURES" in os.environ:
-        os.execv({sys.executable!r}, [{sys.executable!r}, *arguments])
-    sys.exit()
+    (here / "summarised").write_text(arguments[2])
+    sys.exit(print(os.environ.get("STUB_FIGURES", "no rows")))
 tool = os.environ.pop("STUB_TOOL", None)
 with (here / "calls.jsonl").open("a") as file:
-    print(json.dumps({{{{"tool": tool, "arguments": arguments, "environment": dict(os.environ)}}}}), file=file)
+    call = {{{{"tool": tool, "arguments": arguments, "measures": arguments[1] == "benchmarks"}}}}
+    print(json.dumps(call | {{{{"environment": dict(os.environ)}}}}), file=file)
 name = tool or " ".join(arguments[1:3])
 print("this is", name)
 if name in os.environ.get("STUB_SLEEP", "-"):
@@ -79,6 +83,11 @@ class Done:
         lines = self.output.split("summary: ")[1].splitlines()[1:]
         found = (re.match(r"(\S+) +(\S.*?) +\d+ s   ", line) for line in lines)
         return {match[1]: match[2] for match in found if match}
+
+    @property
+    def measured(self) -> list[str]:
+        """Suites of the benchmarks, in the order of their runs."""
+        return [call["arguments"][2] for call in self.calls if call["measures"]]
 
 
 @pytest.fixture
@@ -140,19 +149,23 @@ def rows(suite: str) -> list[Row]:
     return made
 
 
-def test_everything(stub):
-    """All stages in order, nothing left but eight files, and the summary last."""
-    done = stub(STUB_FIGURES="real")
+def test_everything(stub, tmp_path, monkeypatch, capsys):
+    """The first stages in order, nothing left but five files, and the summary of the rows last."""
+    monkeypatch.setattr(sys, "argv", ["summary", str(tmp_path / "rows")])
+    monkeypatch.delitem(sys.modules, summary.__name__)
+    runpy.run_module(summary.__name__, run_name="__main__")
+    done = stub(STUB_FIGURES=capsys.readouterr().out)
     assert done.status == 0, done.output + done.errors
     assert list(done.verdicts) == STAGES and set(done.verdicts.values()) == {"ok"}
     assert [call["tool"] for call in done.calls if call["tool"]] == CHECKS
-    ran = [call["arguments"][2] for call in done.calls if call["arguments"][1] == "benchmarks"]
-    assert ran == [stage.split("-", 1)[-1] if stage[0] in "qf" else stage for stage in STAGES[4:]]
+    assert done.measured == ["models", "kernels", "mlp", "models"]
     left = sorted(str(path.relative_to(done.out)) for path in done.out.rglob("*") if path.is_file())
-    assert left == sorted(["logs.tar.gz", "summary.txt", *(f"results/nvidia-stub/{name}.jsonl" for name in MEASURED)])
+    suites = sorted(set(done.measured))
+    assert left == sorted(["logs.tar.gz", "summary.txt", *(f"results/nvidia-stub/{name}.jsonl" for name in suites)])
     with tarfile.open(done.out / "logs.tar.gz") as archive:
         kept = {Path(name).name for name in archive.getnames()}
     assert kept >= {f"{stage}.log" for stage in STAGES}
+    assert (tmp_path / "summarised").read_text() == str(done.out / "results")
     told = done.output[done.output.index("summary: ") :]
     assert told == (done.out / "summary.txt").read_text()
     lines = told.splitlines()
@@ -162,53 +175,84 @@ def test_everything(stub):
     assert "…" not in told
 
 
+def test_networks_come_before_what_compiles(stub):
+    """Two networks in turns with eager, most telling batch first; torch.compile, which takes minutes, behind them."""
+    models, kernels, mlp, compiled = (cli._parse(call["arguments"][2:]) for call in stub().calls if call["measures"])
+    assert models.provider == ["fusedres", "fusedres + CUDA graph"] and compiled.provider == ["torch.compile"]
+    for parsed in (models, compiled):
+        assert parsed.batch == [256, 128, 32] and parsed.dtype == ["bfloat16"]
+        assert parsed.workload == ["resnet50", "resnet34"]
+    request = Request(torch.device("cuda"), Path("unused"), quick=models.quick)
+    assert set(models.workload) <= {workload.name for workload in workloads.workloads("models", request)}
+    for parsed in (kernels, mlp):
+        assert not any(providers.PROVIDERS[name].compiles for name in parsed.provider) and parsed.quick
+
+
 def test_commands_are_understood(stub):
-    """By the real command line of the benchmarks, and by the real pytest."""
-    stub()
-    done = stub("max-autotune")
-    benchmarks, tests = [], []
+    """By the real command line of the benchmarks, and by the real pytest, which collects few tests and none twice."""
+    done = stub(*STAGES, *NAMED)
+    assert list(done.verdicts) == [*STAGES, *NAMED] and set(done.measured) == set(MEASURED)
     for call in done.calls:
-        kind, arguments = call["arguments"][1], call["arguments"][2:]
-        (benchmarks if kind == "benchmarks" else tests).append(arguments)
         assert "TRITON_INTERPRET" not in call["environment"]
         caches = [call["environment"][name] for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR")]
         assert not any(Path(cache).is_relative_to(done.out) for cache in caches)
         if call["tool"]:
             assert call["environment"]["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    for arguments in benchmarks:
-        parsed = cli._parse(arguments)
-        assert parsed.suite in SUITES and parsed.quick != parsed.full
-        assert providers.PROVIDERS.keys() >= set(parsed.provider or ())
-        assert 0 < parsed.seconds < 510 and parsed.output == done.out / "results"
-    assert {arguments[0] for arguments in benchmarks} == set(MEASURED)
-    for arguments in {tuple(arguments) for arguments in tests}:
-        plain = [a for i, a in enumerate(arguments) if a != "-n" and arguments[i - 1] != "-n"]
-        found = subprocess.run(
-            [sys.executable, "-m", "pytest", *plain, "--collect-only"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert found.returncode == 0, found.stdout[-2000:]
-        collected = [line for line in found.stdout.splitlines() if "::" in line]
-        assert collected and any("test_sanitize[cuda" in line for line in collected)
-        assert len(collected) == len(set(collected)), "no test twice"
+        if call["measures"]:
+            parsed = cli._parse(call["arguments"][2:])
+            assert parsed.suite in SUITES and parsed.quick != parsed.full
+            assert providers.PROVIDERS.keys() >= set(parsed.provider or ())
+            assert 0 < parsed.seconds < 510 and parsed.output == done.out / "results"
+    sanity, bits, launches, *repeated, tests = (
+        tuple(call["arguments"][2:]) for call in done.calls if not call["measures"]
+    )
+    assert set(repeated) == {launches}
+    sanity, bits, launches, tests = map(collected, (sanity, bits, launches, tests))
+    assert launches == {f"{SANITIZED}[{name}]" for name in test_sanitize.CASES}
+    assert 0 < len(sanity) < 50 and all("test_gpu_sanity.py" in name for name in sanity)
+    assert launches < bits and len(bits) < 100 and not any("oracle" in name or "compiled" in name for name in bits)
+    for kind in ("bit_for_bit", "stream", "graph"):
+        found = {name.split("::")[0] for name in bits if kind in name}
+        assert len(found) >= 3, f"{kind}: {found}"
+    assert (bits - launches) | sanity < tests and len(tests) < 500
+    assert any("test_gpu_compile.py" in name for name in tests)
+
+
+SANITIZED = "tests/kernels/test_sanitize.py::test_sanitize"
+
+
+def collected(arguments: Sequence[str]) -> set[str]:
+    """The tests that pytest finds, in this process, by ``arguments``; those of xdist apart."""
+    plain = [a for i, a in enumerate(arguments) if a != "-n" and arguments[i - 1] != "-n"]
+    found: list[str] = []
+
+    class Plugin:
+        def pytest_collection_finish(self, session: pytest.Session) -> None:
+            found.extend(item.nodeid for item in session.items)
+
+    quickly = ["--collect-only", "--no-header", "-p", "no:unraisableexception", "--rootdir", str(ROOT)]
+    assert pytest.main([*plain, *quickly], [Plugin()]) == 0
+    assert len(found) == len(set(found)), "no test twice"
+    return set(found)
 
 
 def test_a_failing_stage(stub):
-    done = stub("tests", "probe", "memcheck", STUB_FAIL="pytest -p", STUB_SUMMARY="ERROR SUMMARY: 0 errors")
+    done = stub("bits", "probe", "memcheck", STUB_FAIL="pytest -p", STUB_SUMMARY="ERROR SUMMARY: 0 errors")
     assert done.status == 1
-    assert done.verdicts == {"tests": "failed (3)", "memcheck": "ok", "probe": "ok"}
+    assert done.verdicts == {"bits": "failed (3)", "memcheck": "ok", "probe": "ok"}
 
 
 def test_a_stage_that_hangs(stub):
     """It is ended at its limit, and those behind it run."""
     start = time.monotonic()
-    done = stub(STUB_SLEEP="racecheck", GPU_SH_SECONDS="40")
+    done = stub(STUB_SLEEP="benchmarks kernels", GPU_SH_SECONDS="30")
     assert done.status == 1
-    assert done.verdicts == dict.fromkeys(STAGES, "ok") | {"racecheck": "out of time"}
+    assert done.verdicts == dict.fromkeys(STAGES, "ok") | {"kernels": "out of time"}
     assert time.monotonic() - start < 60
 
 
 def test_no_time_left(stub):
-    done = stub("memcheck", "quick", STUB_SLEEP="memcheck", GPU_SH_SECONDS="0")
+    done = stub("memcheck", "full", STUB_SLEEP="memcheck", GPU_SH_SECONDS="0")
     assert done.status == 1 and set(done.verdicts.values()) == {"not run"} and not done.calls
 
 
@@ -234,7 +278,7 @@ def test_no_sanitizer(stub, tmp_path):
 
 
 def test_no_xdist(stub):
-    done = stub("tests", STUB_MISSING="xdist")
+    done = stub("bits", STUB_MISSING="xdist")
     [call] = done.calls
     assert done.status == 0 and "-n" not in call["arguments"]
 
@@ -247,10 +291,9 @@ def test_no_gpu(stub):
 @pytest.mark.parametrize(
     ("asked", "stages"),
     [
-        (["quick"], STAGES[4:8]),
-        (["full", "tests"], ["tests", *STAGES[9:12]]),
+        (["full", "bits"], ["bits", *FULL]),
         (["max-autotune"], ["max-autotune"]),
-        (["quick-mlp"], ["quick-mlp"]),
+        (["mlp"], ["mlp"]),
     ],
 )
 def test_named_stages(stub, asked, stages):
@@ -262,7 +305,7 @@ def test_named_stages(stub, asked, stages):
 
 
 def test_an_unknown_stage(stub):
-    done = stub("tests", "nonsense")
+    done = stub("bits", "nonsense")
     assert done.status == 2 and "nonsense" in done.errors and not done.calls
 
 
@@ -271,7 +314,11 @@ def test_a_summary_of_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == "no rows\n"
 
 
-@pytest.mark.parametrize(("asked", "compiled"), [((), False), (("full-mlp",), True)])
-def test_full_leaves_compilation_out_unless_named(stub, asked, compiled):
-    [full] = [call["arguments"] for call in stub(*asked).calls if {"mlp", "--full"} <= set(call["arguments"])]
-    assert ("--provider" not in full) == compiled
+def test_a_summary_tells_captured_graphs_apart(tmp_path, capsys):
+    for provider, ms in (("fusedres", 1.5), ("fusedres + CUDA graph", 1.2)):
+        row = Row("models", "resnet50", "training", provider, [256, 3, 224, 224], "bfloat16", "channels-last")
+        row.figures = {"ms": ms, "speedup": 3.0 / ms}
+        results.append(tmp_path / "models.jsonl", row)
+    summary.main(tmp_path, Console(width=summary.WIDTH))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "resnet50 bfloat16 2.00 - - -" in lines and "resnet50 bfloat16 + CUDA graph 2.50 - - -" in lines

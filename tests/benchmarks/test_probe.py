@@ -49,6 +49,12 @@ def tight(operands: Operands, mode: str, tile: Tile) -> dict:
     return probe_routes.check(operands, mode, lambda x: operands.separate(x, mode=mode), fused)
 
 
+def test_kernel_with_everything(device):
+    verdict = tight(Operands(Probed(SHAPES[2], 3, "bfloat16"), device), "both", SMALL[0])
+    assert verdict["ok"], verdict
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tile", SMALL, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -59,6 +65,7 @@ def test_kernel(shape, dtype, tile, mode, device):
     assert verdict["ok"], verdict
 
 
+@pytest.mark.slow
 def test_a_large_mean_keeps_its_variance(device):
     """At a thousand standard deviations E[x²] − E[x]² has nothing left."""
     operands = Operands(Probed(Convolution(32, 16, 9, 1, 1), 4, "float16"), device)
@@ -70,6 +77,7 @@ def test_a_large_mean_keeps_its_variance(device):
     assert verdict["ok"], verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [1, 2])
 def test_rows(batches, monkeypatch, device):
     """One row a key, in order, with the chosen tile, and times of both routes."""
@@ -158,6 +166,7 @@ def test_decisions():
     assert probe.table(rows).row_count == 3
 
 
+@pytest.mark.slow
 @pytest.mark.codegen
 @pytest.mark.floor
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from benchmarks import results
 from benchmarks.errors import BenchmarkError
-from benchmarks.reporting import page, plots, readme, timings
+from benchmarks.reporting import headline, page, plots, publish
 from benchmarks.reporting.report import load
-from benchmarks.results import Key, Row
-from benchmarks.suite import Suite
+from benchmarks.results import Row
 
-STALE = "run `python -m benchmarks report`"
+STALE = "run `python -m benchmarks report --publish --output benchmarks/results`"
 ENVIRONMENT: dict[str, str | float | None] = {
     "device": "a <device>", "driver": "1.2", "torch": "2.13.0", "triton": "3.7.1", "python": "3.11.7",
     "commit": "0123456789ab", "date": "2026-01-02T03:04:05+00:00", "copy_gb_s": 2900.0,
@@ -82,7 +82,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
     """Of ``EVERY_SUITE``."""
-    return readme.generate(ROWS)
+    return publish.generate(ROWS)
 
 
 def visible(text: str) -> list[str]:
@@ -94,17 +94,20 @@ def visible(text: str) -> list[str]:
 
 
 def committed() -> dict[str, bytes]:
-    found = sorted(results.RESULTS.glob("*/*.svg"))
+    found = sorted(results.RESULTS.rglob("*.svg"))
     return {path.relative_to(results.RESULTS).as_posix(): path.read_bytes() for path in found}
 
 
-def test_readme_agrees_with_the_rows() -> None:
-    _, between, _ = readme.split(readme.README)
-    assert between == readme.render(load(results.RESULTS), committed()), STALE
+def test_texts_agree_with_the_rows() -> None:
+    _, between, _ = publish.split(publish.README)
+    rows = load(results.RESULTS)
+    assert between == publish.summary(rows), STALE
+    assert publish.TABLES.read_text() == publish.render(rows, sorted(committed())), STALE
 
 
 def test_committed_plots_agree_with_the_rows() -> None:
     rows, images = load(results.RESULTS), committed()
+    assert plots.digest(rows["cpu", "network"]).encode() in images.pop("headline.svg"), STALE
     drawn = {(name.split("/")[0], name.split("/")[1].split("-")[0]) for name in images}
     assert drawn <= {(device, suite.split("-")[0]) for device, suite in rows}, STALE
     for (device, suite), found in rows.items():
@@ -112,77 +115,96 @@ def test_committed_plots_agree_with_the_rows() -> None:
         assert all(plots.digest(found).encode() in content for content in of), STALE
 
 
-def test_what_can_be_seen_of_the_readme_is_short() -> None:
-    _, between, _ = readme.split(readme.README)
-    assert len(visible(between)) <= 100
+def test_what_can_be_seen_is_short() -> None:
+    _, between, _ = publish.split(publish.README)
+    assert sum(line.startswith("|") for line in between.splitlines()) <= 2 + 10
+    assert len(visible(publish.TABLES.read_text())) <= 120
+    assert publish.TABLES.read_text().lower().count("not measured") <= 1, "said once"
 
 
 def test_another_row_makes_the_readme_disagree() -> None:
     more = {**ROWS, ("a-gpu", "kernels"): [*ROWS["a-gpu", "kernels"], timed(7.25, workload="new")]}
-    assert "7.25" in readme.render(more, [])
-    assert "7.25" not in readme.render(ROWS, [])
+    assert "7.25" in publish.render(more, [])
+    assert "7.25" not in publish.render(ROWS, [])
 
 
-def test_update_rewrites_only_between_the_markers(folder: Path) -> None:
-    file = folder / "README.md"
-    file.write_text(f"above\n{readme.BEGIN}\nprevious\n{readme.END}\nbelow\n")
-    readme.update(file, folder)
-    text = file.read_text()
-    assert text.startswith(f"above\n{readme.BEGIN}\n### On a GPU")
-    assert text.endswith(f"{readme.END}\nbelow\n")
+def published(folder: Path, text: str = f"above\n{publish.BEGIN}\nprevious\n{publish.END}\nbelow\n") -> list[Path]:
+    """Arguments of ``publish`` under ``folder``, with a README of ``text``."""
+    paths = [folder / name for name in ("out", "README.md", "RESULTS.md")]
+    paths[1].write_text(text)
+    return paths
+
+
+def test_publishing_merges_rows_and_rewrites_only_between_the_markers(folder: Path) -> None:
+    into, readme, tables = published(folder.parent)
+    save(into, "a-gpu", [timed(9.0), timed(3.0, workload="older")])
+    publish.publish(folder, into, readme, tables)
+    rows = results.read(into / "a-gpu" / "kernels.jsonl")
+    assert [r.figures.get("speedup") for r in rows[:2]] == [1.5, 3.0], "the new figure of a key, and what is there"
+    text = readme.read_text()
+    assert text.startswith(f"above\n{publish.BEGIN}\n| eager over fusedres")
+    assert text.endswith(f"{publish.END}\nbelow\n")
     assert "previous" not in text
-    for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (folder.parent / link).exists(), link
-    assert not list(folder.rglob("*.tmp"))
+    links = re.findall(r"!\[.*?\]\((.*?)\)", tables.read_text())
+    assert links
+    for link in links:
+        assert (tables.parent / link).exists(), link
+    assert not list(folder.parent.rglob("*.tmp"))
+
+
+def test_the_headline_tells_speeds_counts_and_what_is_worse() -> None:
+    host = [row("host", mode=m, provider=p, figures={"host_us": us}) for m in ("forward", "backward", "inference")
+            for p, us in (("eager", 10.0), ("fusedres", 20.0))]  # fmt: skip
+    lines = headline.lines({**ROWS, ("cpu", "host"): host})
+    told = {line.what.removesuffix(", mean"): line[1:3] for line in lines}
+    assert told["bytes, layer, whole network"] == ("1.94", "–")
+    assert told["bytes of 1 BatchNorm functions"][0].startswith("1.67 ")
+    assert told["saved for backward, layer"] == ("2.00", "–")
+    assert told["host time a call, BatchNorm layers"] == ("0.50", "0.50")
+    assert told["speed, 2 BatchNorm layers"][0] == "0.87 (0.81–0.93)", (
+        "√(1.5 · 0.5), and half the width of one, over √2"
+    )
+    assert headline.worse(ROWS) == ["slow 4×8, training, fusedres: 0.50 (0.45–0.55)"]
+
+
+def test_the_screen_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    cpu = {("cpu", suite): rows for (_, suite), rows in ROWS.items()}
+    many = [timed(0.5, workload=f"layer {n}") for n in range(60)]
+    headline.show({**cpu, ("cpu", "kernels"): [*cpu["cpu", "kernels"], *many]}, Console(width=170), "file:///page", 3)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) <= 40
+    assert max(len(line.rstrip()) for line in shown) <= 100
+    assert headline.ON_CPU in shown
+    assert "slower than eager, the whole interval: 61" in shown
+    assert any("WRONG: kernels wrong" in line for line in shown)
+    assert shown[-1] == "everything: file:///page"
 
 
 def test_every_suite_is_reported() -> None:
-    text = readme.render(ROWS, [])
+    text = publish.render(ROWS, [])
     for expected in SAID:
         assert expected in text, expected
     assert "**These are not GPU timings.**" not in text, "nothing was timed on a CPU"
 
 
 def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
-    readme.draw(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [readme.PAGE]
-    assert "There are no rows" in (tmp_path / readme.PAGE).read_text()
-    text = readme.render({}, [])
-    assert text.lower().count("not measured") >= 8
+    publish.draw(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [publish.PAGE]
+    assert "There are no rows" in (tmp_path / publish.PAGE).read_text()
+    text = publish.render({}, [])
+    assert text.lower().count("not measured") == 1
+    assert "\n## " not in text
     assert "1.0x" not in text
 
 
-class _Case:
-    workload = "bn"
-    keys: tuple[Key, ...] = tuple(
-        ("layer", "training", provider, (batch, 8), "float32", "contiguous")
-        for provider in ("eager", "fusedres")
-        for batch in (4, 32)
-    )
-
-
-def _suite(name: str) -> Suite:
-    return Suite(name, "", plan=lambda _: [_Case()], run=lambda *_: iter(()), table=lambda _: pytest.fail("unused"))
-
-
-def test_what_was_planned_for_a_gpu_and_is_not_there_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(timings.SUITES, "kernels", _suite("kernels"))
-    monkeypatch.setitem(timings.SUITES, "mlp", _suite("mlp"))
-    text = readme.render(ROWS, [])
-    assert "<code>kernels</code>: 1 of 2 cases not measured" in text, "one of them is there"
-    assert "<code>mlp</code>: 2 of 2 cases not measured" in text
-    assert "| layer | 4, 32 of 8 | float32 | not measured |" in text
-    assert "| layer | 32 of 8 | float32 | not measured |" in text
-
-
 def test_the_same_rows_give_the_same_bytes(folder: Path, files: dict[str, bytes]) -> None:
-    readme.draw(folder)
+    publish.draw(folder)
     written = (path for path in folder.rglob("*.*") if path.suffix != ".jsonl")
     assert files == {path.relative_to(folder).as_posix(): path.read_bytes() for path in written}
 
 
 def test_plots_are_light_on_any_page_and_name_their_rows(files: dict[str, bytes]) -> None:
-    drawn = {name: content for name, content in files.items() if name != readme.PAGE}
+    drawn = {name: content for name, content in files.items() if name not in (publish.PAGE, page.HEADLINE)}
     assert list(drawn) == [
         "a-gpu/kernels-speed-float32.svg", "a-gpu/probe-speed-float32.svg", "cpu/memory-saved-float32.svg",
         "cpu/traffic-passes.svg", "cpu/train-curves.svg",
@@ -206,9 +228,9 @@ def test_a_plot_of_many_cases_is_split(tmp_path: Path) -> None:
     save(tmp_path, "a-gpu", [timed(1.1, workload=f"layer {n}", dtype="bfloat16") for n in range(count)])
     names = [f"a-gpu/kernels-speed-bfloat16-{n}.svg" for n in (1, 2, 3)]
     assert list(plots.draw(load(tmp_path))) == names
-    readme.draw(tmp_path)
+    publish.draw(tmp_path)
     save(tmp_path, "a-gpu", [timed(1.1)])
-    readme.draw(tmp_path)
+    publish.draw(tmp_path)
     assert [path.name for path in tmp_path.glob("a-gpu/*.svg")] == ["kernels-speed-float32.svg"], "old plots are gone"
 
 
@@ -228,16 +250,17 @@ def test_bandwidth_and_memory_are_drawn_where_they_were_measured(
 
 
 def test_the_page_needs_no_other_file_and_lists_every_row(files: dict[str, bytes]) -> None:
-    text = files[readme.PAGE].decode()
+    text = files[publish.PAGE].decode()
     assert re.findall(r'(?:src|href)="(?!data:|#)', text) == []
     assert "http" not in text
     assert "prefers-color-scheme: dark" in text
     body = re.findall(r"<tbody>.*?</tbody>", text, flags=re.DOTALL)
+    assert text.index("<details") > text.index(page.headline.TITLE), "what comes first need not be opened"
     assert [part.count("<tr") for part in body] == [len(found) for found in ROWS.values()]
     for shown in ("WRONG", "OOM", "a &lt;device&gt;", "0123456789ab", "copy_gb_s", "2900"):
         assert shown in text, shown
     images = [base64.b64decode(image) for image in re.findall(r'data:image/svg\+xml;base64,([^"]+)', text)]
-    assert images == [content for name, content in files.items() if name != readme.PAGE]
+    assert sorted(images) == sorted(content for name, content in files.items() if name != publish.PAGE)
 
 
 def test_the_page_says_what_came_nearest_to_its_limit() -> None:
@@ -247,24 +270,23 @@ def test_the_page_says_what_came_nearest_to_its_limit() -> None:
 
 
 def test_a_row_of_another_schema_leaves_everything_as_it_is(folder: Path) -> None:
-    file = folder / "README.md"
-    file.write_text(f"{readme.BEGIN}\nprevious\n{readme.END}\n")
+    paths = published(folder)
     with (folder / "cpu" / "traffic.jsonl").open("a") as rows:
         rows.write(json.dumps({"suite": "traffic", "schema": 1}) + "\n")
-    for report in (lambda: readme.update(file, folder), lambda: readme.draw(folder)):
+    for report in (lambda: publish.publish(folder, *paths), lambda: publish.draw(folder)):
         with pytest.raises(BenchmarkError, match="not a row of schema"):
             report()
-    assert "previous" in file.read_text()
+    assert "previous" in paths[1].read_text()
     assert not list(folder.rglob("*.svg"))
-    assert not (folder / readme.PAGE).exists()
+    assert not (folder / publish.PAGE).exists()
 
 
 def test_a_readme_without_markers_is_refused(folder: Path) -> None:
-    file = folder / "README.md"
-    file.write_text("no markers")
+    paths = published(folder, "no markers")
     with pytest.raises(BenchmarkError, match="lacks the markers"):
-        readme.update(file, folder)
-    assert not (folder / readme.PAGE).exists()
+        publish.publish(folder, *paths)
+    assert not paths[0].exists()
+    assert not paths[2].exists()
 
 
 def test_every_field_and_figure_is_documented() -> None:

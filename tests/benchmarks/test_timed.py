@@ -181,23 +181,6 @@ def test_out_of_memory_while_timing_is_a_row(monkeypatch: pytest.MonkeyPatch):
     assert [(row.status, row.figures) for row in rows] == [("OOM", {})] * 2
 
 
-def test_a_model_is_compiled_at_every_size():
-    """Two compiling providers, in two modes and at two shapes each a batch; beyond its limit Dynamo runs eagerly."""
-    compiled: list[tuple[int, ...]] = []
-
-    def prepare(model: nn.Module) -> Callable[..., Any]:
-        def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-            compiled.append(tuple(x.shape[0] for x in inputs if x.dim() == 4 and x.shape[1:] == (64, 6, 6)))
-            return module
-
-        return torch.compile(model, backend=backend, dynamic=False)
-
-    block = replace(BLOCK, batches=(2, 3, 5), compiled=True)
-    compilers = [Provider(name, True, prepare, compiles=True) for name in ("one", "another", "a third")]
-    assert {row.status for row in measure(block, *compilers)} == {"ok"}
-    assert compiled.count((5,)) == 2 * len(compilers)
-
-
 def test_providers_share_their_inputs():
     """In the format that most of them want; a copy for each would not fit a GPU."""
     for workload in LAYERS:

@@ -24,7 +24,6 @@ from tests.zoo import TOLERANCE, assert_same_steps, counts, images, small
 
 @pytest.fixture
 def group(tmp_path):
-    torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -42,7 +41,7 @@ def test_ddp(group, wrapped_first):
     wrapped = fusedres.fuse(DistributedDataParallel(model)) if wrapped_first else DistributedDataParallel(
         fusedres.fuse(model)
     )  # fmt: skip
-    assert joins(wrapped) == 5
+    assert joins(wrapped) == 3
     for training in (True, False):
         cotangent = torch.randn(2, 5, dtype=torch.float64)
         for candidate in (wrapped, reference):
@@ -62,7 +61,7 @@ def test_fsdp(group):
         if isinstance(block, models.Bottleneck):
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert joins(model) == 5
+    assert joins(model) == 3
     cotangent = torch.randn(2, 5, dtype=torch.float64)
     for candidate in (model, reference):
         candidate(x).backward(cotangent)
@@ -74,7 +73,7 @@ def test_fsdp(group):
         block = candidate.get_submodule("layer1.0")
         block.register_module("relu", nn.GELU())
     torch.testing.assert_close(model(x), reference(x), **TOLERANCE)
-    assert joins(model) == 4
+    assert joins(model) == 2
     torch.testing.assert_close(fusedres.unfuse(model)(x), reference(x), **TOLERANCE)
 
 
@@ -131,7 +130,6 @@ def test_fsdp_of_linear_layers(group, build, fused_first):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_eagers_dtypes(dtype, monkeypatch):
     monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
-    torch.manual_seed(0)
     model, x = small().float(), images().float()
     reference = copy.deepcopy(model)
     fusedres.fuse(model)
@@ -150,14 +148,12 @@ def test_autocast_gives_eagers_dtypes(dtype, monkeypatch):
 
 def test_half_precision_parameters(monkeypatch):
     monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
-    torch.manual_seed(0)
     model, x = small().bfloat16().eval(), images().bfloat16()
     reference = copy.deepcopy(model)
     torch.testing.assert_close(fusedres.fuse(model)(x), reference(x))
 
 
 def test_channels_last():
-    torch.manual_seed(0)
     model = small().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     reference, x = copy.deepcopy(model), images().contiguous(memory_format=torch.channels_last)
     assert_same_steps(fusedres.fuse(model), reference, x)

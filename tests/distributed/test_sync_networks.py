@@ -1,4 +1,7 @@
-"""Whole networks over two ranks equal one process with the whole batch: DDP, FSDP2, torch.compile, subgroups."""
+"""Whole networks over two ranks equal one process with the whole batch: DDP, FSDP2, subgroups.
+
+Compiled ones are in test_sync_training.py, compiled layers in test_sync_batch_norm.py.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,15 +26,16 @@ import fusedres
 from fusedres import models
 from fusedres.nn import SyncBatchNormAct
 from tests.distributed.ranks import RANKS, run_ranks
+from tests.fusion.trained import Decided
 from tests.oracle import assert_network_as_good_as_eager
 from tests.zoo import TOLERANCE, counts, images, randomise, small
 
 SPLIT = (3, 2)
-NORMS = {"small": 20, "preact": 7}
+NORMS = {"small": 12, "preact": 7}
 
 
 def preact() -> nn.Module:
-    return randomise(models.PreActResNet(models.PreActBasicBlock, [1, 2], 5, width=4, small_input=True))
+    return randomise(models.PreActResNet(models.PreActBasicBlock, [1, 2], 5, width=8, small_input=True))
 
 
 def batch(rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -60,11 +63,11 @@ def train(model: nn.Module, x: Tensor, cotangent: Tensor, average: int = 1) -> d
 
 
 def _bare(name: str) -> str:
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    return name.removeprefix("module.")
 
 
 def build(name: str) -> nn.Module:
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # 0 and 1 have values at the edge of a ReLU
     return {"small": small, "preact": preact}[name]()
 
 
@@ -101,18 +104,8 @@ def in_fsdp(rank: int) -> dict[str, Any]:
         if isinstance(block, models.Bottleneck):
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert counts(model)["bn_add_act"] == 5
+    assert counts(model)["bn_add_act"] == 3
     return {"small FSDP2": train(model, *batch(rank), RANKS)}
-
-
-def compiled(rank: int) -> dict[str, Any]:
-    model, counter = converted("preact"), CompileCounterWithBackend("aot_eager")
-    results = train(torch.compile(DistributedDataParallel(model).module, backend=counter, fullgraph=True), *batch(rank))
-    assert counter.frame_count == 2, "one graph for training, one for evaluation"
-    for name, value in results.items():
-        if name.startswith("grad "):
-            dist.all_reduce(value)
-    return {"preact compiled": results}
 
 
 def with_subgroups(rank: int) -> dict[str, Any]:
@@ -158,21 +151,18 @@ class _Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@mock.patch.dict(os.environ, FUSEDRES_BACKEND="reference")
 def everything(rank: int) -> dict[str, Any]:
-    networks = in_ddp(rank) | in_fsdp(rank) | compiled(rank) | with_subgroups(rank)
+    networks = in_ddp(rank) | in_fsdp(rank) | with_subgroups(rank)
     return {"networks": networks, "kernels": with_kernels(rank), "collectives": collectives(rank)}
 
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FUSEDRES_BACKEND", "reference")
-        return run_ranks(everything)
+    return run_ranks(everything)
 
 
-RUNS = [
-    *(f"{name} {way.__name__}" for name, way in IN_DDP), "small FSDP2", "preact compiled", "small group",
-]  # fmt: skip
+RUNS = [*(f"{name} {way.__name__}" for name, way in IN_DDP), "small FSDP2", "small group"]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -189,7 +179,8 @@ def test_as_one_process(found, run):
 
 def test_kernels_as_one_process(found):
     x, cotangent = batch()
-    exact = train(build("preact"), x.float().double(), cotangent.float().double())
+    with Decided():
+        exact = train(build("preact"), x.float().double(), cotangent.float().double())
     eager = train(build("preact").float(), x.float(), cotangent.float())
     one, other = (results["kernels"] for results in found)
     ours = {
@@ -206,7 +197,6 @@ def test_two_collectives_a_layer(found, name):
 
 
 def test_the_same_modules():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm2d(4), fusedres.nn.BatchNormAct2d(4), nn.SyncBatchNorm(4))
     norms, state = list(model), {name: value.clone() for name, value in model.state_dict().items()}
     parameters, seen = list(model.parameters()), []
@@ -247,13 +237,13 @@ def test_what_else_a_norm_does_is_not_lost():
     assert type(model[0]) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("way", WAYS[:2])
-def test_fused_as_before(way):
+@pytest.mark.parametrize(("way", "name"), [(converted, "small"), (fused_after, "small"), (converted, "preact")])
+def test_fused_as_before(way, name):
     """But for what takes two BatchNorms, or their output and a pooling."""
-    apart = {"stem", "join", "fork", "head"}
-    assert counts(way("small")) == counts(fusedres.fuse(build("small"), disable=apart))
-    assert counts(way("preact")) == counts(fusedres.fuse(build("preact"), disable=apart))
-    assert counts(fusedres.fuse(way("small"))) == counts(way("small"))
+    model = way(name)
+    found = counts(model)
+    assert found == counts(fusedres.fuse(build(name), disable={"stem", "join", "fork", "head"}))
+    assert counts(fusedres.fuse(model)) == found
 
 
 def test_pytorchs_converter_keeps_every_relu():

@@ -148,8 +148,8 @@ def on_two_paths(rank: int) -> dict[str, Tensor]:
     return grads | dict(model.named_buffers())
 
 
+@mock.patch.dict(os.environ, FUSEDRES_BACKEND="reference")
 def everything(rank: int) -> dict[str, Any]:
-    os.environ["FUSEDRES_BACKEND"] = "reference"
     return {
         "states": in_ddp(rank) | in_fsdp(rank) | compiled(rank), "captured": captured(rank),
         "evaluated": evaluated_alone(rank), "paths": on_two_paths(rank),

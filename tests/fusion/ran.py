@@ -25,11 +25,11 @@ def _ours(kwargs: dict[str, Any]) -> str:
 
 # How many arguments are activations, what the call is named, and its path.
 FUNCTIONS: dict[tuple[Any, str], tuple[int, Callable[[dict[str, Any]], str], str]] = {
-    (reference, "batch_norm_act"): (1, _ours, "reference"),
-    (reference, "add_batch_norm_act"): (2, lambda kwargs: f"add_{_ours(kwargs)}", "reference"),
+    (reference, "normalise"): (1, _ours, "reference"),
+    (reference, "add_normalise"): (2, lambda kwargs: f"add_{_ours(kwargs)}", "reference"),
     (reference, "batch_norm_act_conv2d"): (1, _ours, "reference"),
     (reference, "add_batch_norm_act_conv2d"): (2, lambda kwargs: f"add_{_ours(kwargs)}", "reference"),
-    (reference, "batch_norm_act_max_pool2d"): (1, lambda kwargs: f"{_ours(kwargs)}_maxpool", "reference"),
+    (reference, "normalise_max_pool2d"): (1, lambda kwargs: f"{_ours(kwargs)}_maxpool", "reference"),
     (reference, "batch_norm_act_global_avg_pool2d"): (1, lambda kwargs: f"{_ours(kwargs)}_avgpool", "reference"),
     (reference, "batch_norm_add_batch_norm_act"): (2, lambda kwargs: f"bn_add_{_ours(kwargs)}", "reference"),
     (F, "batch_norm"): (1, lambda kwargs: "bn", "eager"),

@@ -28,12 +28,7 @@ from tests.zoo import assert_same_steps, counts, images, randomise
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Whole(nn.Module):
@@ -45,10 +40,6 @@ class Whole(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
-
-
-def small_resnet(block: Any = models.BasicBlock, layers: tuple[int, ...] = (1, 1, 1, 1)) -> nn.Module:
-    return models.ResNet(block, list(layers), 5, width=4, small_input=True)
 
 
 class Norms(nn.Module):
@@ -72,14 +63,14 @@ class Norms(nn.Module):
 LN_LINEAR, LINEAR_LN = "ln_linear_act", "linear_ln_act"
 # Models, and what is found in each, in training and in evaluation.
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
-    "basic": (small_resnet, {"bn_act": 5, "bn_add_act": 1, "bn_add_bn_act": 3}),
+    "basic": (zoo.resnet, {"bn_act": 4, "bn_add_act": 2, "bn_add_bn_act": 1}),
     "shared relu": (
-        lambda: zoo.HandResNet(zoo.HandBottleneck, [1, 1, 1, 1], width=4),
-        {"bn_act_maxpool": 1, "bn_act": 8, "bn_add_bn_act": 4},
+        lambda: zoo.HandResNet(zoo.HandBottleneck, [1, 1], width=4),
+        {"bn_act_maxpool": 1, "bn_act": 4, "bn_add_bn_act": 2},
     ),
     "functional": (
-        lambda: zoo.HandResNet(zoo.ResBlock, [1, 1, 1, 1], width=4),
-        {"bn_act_maxpool": 1, "bn_act": 4, "bn_add_act": 1, "bn_add_bn_act": 3},
+        lambda: zoo.HandResNet(zoo.ResBlock, [1, 2], width=4),
+        {"bn_act_maxpool": 1, "bn_act": 3, "bn_add_act": 1, "bn_add_bn_act": 1, "bn_add_act_avgpool": 1},
     ),
     "pre-activation": (
         lambda: zoo.HandPreActResNet(zoo.KuangliuBlock, [2, 2], width=4),
@@ -90,8 +81,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
         {"bn_act": 4, "add_bn_act": 3},
     ),
     "preact_resnet": (
-        lambda: models.preact_resnet_cifar(20, num_classes=5),
-        {"bn_act": 10, "add_bn_act": 9},
+        lambda: models.preact_resnet_cifar(8, num_classes=5),
+        {"bn_act": 4, "add_bn_act": 3},
     ),
     "norms": (Norms, {"bn_act": 2, "bn_add_act": 1}),
     "mlp": (lambda: Whole(nn.Flatten(), zoo.mlp((192, 16, 16, 5))), {LN_LINEAR: 3}),
@@ -115,22 +106,29 @@ def test_one_graph_each_mode_with_eager_results(name):
     assert recorder.graphs == [found] * modes  # no recompilation for the second step
 
 
-def test_resnet50():
-    """The same as in a fused one, layer for layer."""
-    model, recorder = small_resnet(models.Bottleneck, (3, 4, 6, 3)), Recorder()
+DEEP = [3, 4, 6, 3]
+FOUND = {"bn_act": 33, "bn_add_act": 11, "bn_add_bn_act": 4, "bn_add_act_avgpool": 1}
+
+
+@pytest.mark.parametrize(("build", "found"), [
+    (lambda: zoo.resnet(models.Bottleneck, (1, 2)), {"bn_act": 7, "bn_add_bn_act": 2, "bn_add_act_avgpool": 1}),
+    pytest.param(lambda: models.ResNet(models.Bottleneck, DEEP, width=4, small_input=True), FOUND,
+                 marks=pytest.mark.slow),
+])  # fmt: skip
+def test_the_same_is_found_as_in_a_fused_one(build, found):
+    model, recorder = build().float(), Recorder()
     with torch.no_grad():
         torch.compile(model, backend=recorder, fullgraph=True)(images().float())
-    found = {"bn_act": 33, "bn_add_act": 11, "bn_add_bn_act": 4, "bn_add_act_avgpool": 1}
     assert recorder.graphs == [found] == [counts(fusedres.fuse(model))]
 
 
 def test_a_fused_model():
     """Its rewritten forwards are captured like others; on the reference path the patterns are found again."""
-    model = fusedres.fuse(randomise(small_resnet()))
+    model = fusedres.fuse(zoo.resnet())
     twin, recorder = copy.deepcopy(model), Recorder()
     twin.compile(backend=recorder, fullgraph=True)
     assert_same_steps(twin, model, images())
-    assert recorder.graphs == 2 * [{"bn_act": 5, "bn_add_act": 1, "bn_add_bn_act": 3}]
+    assert recorder.graphs == 2 * [MODELS["basic"][1]]
 
 
 def operators(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
@@ -208,14 +206,20 @@ def test_autocast(inside):
     torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.usefixtures("triton_backend")
 def test_inductor():
-    model = Whole(nn.BatchNorm2d(3), nn.ReLU()).eval()
+    """Kernels in Inductor's code, and statistics updated once a call; without a backward, which is slow to compile."""
+    model = Whole(nn.BatchNorm2d(3), nn.ReLU())
+    reference, x = copy.deepcopy(model), torch.randn(2, 3, 5, 5)
     compiled = torch.compile(model, backend=compile_fused, fullgraph=True)
-    x = torch.randn(2, 3, 5, 5)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), reference(x), rtol=1e-4, atol=1e-4)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_backend")
 def test_inductor_trains(caplog):
     """Two steps in one graph: kernels in Inductor's code, and statistics updated once a step."""

@@ -15,12 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.fusion.captured import Recorder
 from tests.zoo import TOLERANCE, images, randomise
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Model(nn.Module):

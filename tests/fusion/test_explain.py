@@ -46,7 +46,7 @@ def test_table_is_plain_aligned_text():
     assert repr(fusedres.explain(small())) == text
     lines = text.splitlines()
     assert lines[0].split() == ["module", "pattern", "path", "reason"]
-    assert len(lines) == 17  # four of 20 rows are those of joins
+    assert len(lines) == 11  # two of 12 rows are those of joins
     start = lines[0].index("pattern")
     assert all(line[start - 2 : start] == "  " and line[start] != " " for line in lines)
     assert text.isascii()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import fusedres
 from fusedres import models
 from tests import zoo
-from tests.fusion.linear_parts import block_of
+from tests.fusion import linear_parts
+from tests.fusion.blocks import block_of
 
 SHAPE = (2, 8, 4, 4)
 ELEMENTS = 2 * 8 * 4 * 4
@@ -28,7 +29,7 @@ class Block(nn.Module):
 
 
 def block_with(forward: Any) -> Any:
-    return type("Block", (Block,), {"forward": forward})()
+    return block_of(forward, Block).float()
 
 
 FORWARDS: dict[str, Any] = {
@@ -74,9 +75,9 @@ def test_ways_to_give_an_input():
         fusedres.explain(block_with(FORWARDS["bn_add_act"]), input=(2, 3, 4, 4))
 
 
-def test_the_networks_of_the_readme():
-    for build, shape in ((models.resnet18, (2, 3, 32, 32)), (models.preact_resnet18, (2, 3, 32, 32))):
-        model = build(width=8)
+def test_networks():
+    shape = (2, 3, 32, 32)
+    for model in (zoo.resnet(small_input=False).float(), models.PreActResNet(models.PreActBasicBlock, [1, 2], width=8)):
         explanation = fusedres.explain(model, input=shape)
         assert all(row["bytes_saved"] > 0 for row in explanation.rows if "act" in row["pattern"])
         assert explanation.bytes_saved == sum(row["bytes_saved"] for row in explanation.rows)
@@ -188,7 +189,7 @@ LINEAR: dict[str, tuple[Any, int, int]] = {
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_layers(name):
     forward, training, inference = LINEAR[name]
-    model = block_of(forward).float()
+    model = linear_parts.block_of(forward).float()
     features = model.fc.in_features
     passes = M * features * 4
     assert saved(model, (M, features)) == {"ln": training * passes}

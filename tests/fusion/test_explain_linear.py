@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,11 +13,6 @@ from fusedres.fusion import plan, report
 from tests import zoo
 from tests.fusion.linear_parts import LINEAR_LN, LN_LINEAR, block_of
 from tests.zoo import counts
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def test_reasons_name_the_variant(monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 from torch import nn
 
 import fusedres
@@ -13,33 +12,32 @@ from tests import zoo, zoo_public
 from tests.fusion.ran import assert_true, said
 from tests.zoo import images, randomise
 
-NAMES = ["densenet", "resnet", "fcn", "timm resnet", "timm resnetv2", "timm densenet"]
+NAMES = ["densenet", "resnet", "timm resnet", "timm resnetv2", "timm densenet", "timm cspresnet"]
 
 
-@pytest.fixture(autouse=True)
-def _reference(monkeypatch) -> None:
-    monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def dla() -> nn.Module:
     """timm's, whose blocks are called with their identity."""
-    return zoo.timm_models().create_model("dla34", num_classes=5, levels=(1, 1, 1, 2, 1, 1), channels=(8,) * 6)
+    return zoo.timm_models().create_model("dla34", num_classes=5, levels=(1, 1, 1, 1, 1, 1), channels=(8,) * 6)
 
 
 def images_net() -> dict[str, Callable[[], nn.Module]]:
     return {name: zoo_public.SMALL[name].build for name in NAMES} | {
         "timm dla": dla,
-        "preact": lambda: fusedres.models.preact_resnet18(width=4),
+        "preact": lambda: fusedres.models.preact_resnet_cifar(8, width=8),
         "hand preact": lambda: zoo.HandPreActResNet(zoo.KuangliuBlock, [1, 2]),
-        "shared norm": lambda: zoo.HandResNet(zoo.HandBlock, [1, 1, 1, 1]),
+        "shared norm": lambda: zoo.HandResNet(zoo.HandBlock, [1, 1]),
     }
 
 
 NETS = images_net()
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "timm dla" else ()) for name in NETS]
+)
 def test_rows_are_what_runs(name):
     model = randomise(NETS[name]())
     before = said(model)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -14,15 +13,13 @@ from torch.utils.checkpoint import checkpoint
 import fusedres
 from fusedres import models
 from tests import zoo
+from tests.fusion.test_networks import BASIC, NETWORKS
 from tests.zoo import TOLERANCE, assert_same_steps, counts, images, randomise, small, step
 
-RESNET50 = {"bn_act": 33, "bn_add_act": 16, "bn": 4}
-RESNET18 = {"bn_act": 9, "bn_add_act": 8, "bn": 3}
-RESNET34 = {"bn_act": 17, "bn_add_act": 16, "bn": 3}
 
-
-def torchvision_model(name: str) -> Callable[[], nn.Module]:
-    return lambda: getattr(zoo.torchvision_models(), name)(num_classes=5)
+def torchvision_resnet() -> nn.Module:
+    models = zoo.torchvision_models()
+    return models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 2], num_classes=5)
 
 
 def user_built() -> nn.Module:
@@ -30,21 +27,15 @@ def user_built() -> nn.Module:
     return net(fusedres.nn.BasicBlock, [1, 1, 1, 1], num_classes=5)
 
 
-# What is in it: patterns of a layer, and those of them that larger ones take in: a stem, joins, a head.
-ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int], tuple[int, int, int]]] = {
-    "resnet18": (lambda: models.resnet18(num_classes=5, width=8), (2, 3, 40, 40), RESNET18, (1, 3, 1)),
-    "resnet34": (lambda: models.resnet34(num_classes=5, width=8), (2, 3, 40, 40), RESNET34, (1, 3, 1)),
-    "resnet50": (lambda: models.resnet50(num_classes=5, width=8), (2, 3, 40, 40), RESNET50, (1, 4, 1)),
-    "torchvision-resnet34": (torchvision_model("resnet34"), (2, 3, 40, 40), RESNET34, (1, 3, 1)),
-    "torchvision-resnet50": (torchvision_model("resnet50"), (2, 3, 40, 40), RESNET50, (1, 4, 1)),
-    "hand-resnet34": (lambda: zoo.hand_resnet34(zoo.ResBlock), (2, 3, 40, 40), RESNET34, (1, 3, 1)),
-    "hand-resnet34-shared-bn": (lambda: zoo.hand_resnet34(zoo.HandBlock), (2, 3, 40, 40), RESNET34, (1, 3, 1)),
-    "hand-resnet50": (zoo.hand_resnet50, (2, 3, 40, 40), RESNET50, (1, 4, 1)),
-    "projection": (
-        lambda: zoo.ProjectionBlock(8, 16), (2, 8, 6, 6), {"bn_act": 1, "bn_add_act": 1, "bn": 1}, (0, 0, 0),
-    ),  # its print shows the projection
-    "sequential": (zoo.SequentialNet, (2, 3, 6, 6), {"bn_act": 1, "bn": 3}, (0, 0, 0)),
-    "user-built": (user_built, (2, 3, 40, 40), {"bn_act": 5, "bn_add_act": 4, "bn": 3}, (1, 3, 0)),
+FOUR_STAGES = {"bn_act_maxpool": 1, "bn_act": 10, "bn_add_bn_act": 4, "bn_add_act_avgpool": 1}
+# Networks as people write them, and what is found in each.
+ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
+    name: (network.build, network.shape, network.layers) for name, network in NETWORKS.items()
+} | {
+    "torchvision": (torchvision_resnet, (2, 3, 40, 40), FOUR_STAGES),
+    "hand-written, one norm twice": (lambda: zoo.HandResNet(zoo.HandBlock, [1, 2]), (2, 3, 32, 32), BASIC),
+    "sequential": (zoo.SequentialNet, (2, 3, 6, 6), {"bn_act": 1, "bn": 3}),
+    "user-built": (user_built, (2, 3, 40, 40), {"bn_act_maxpool": 1, "bn_act": 4, "bn_add_act": 1, "bn_add_bn_act": 3}),
 }  # fmt: skip
 
 
@@ -52,26 +43,15 @@ def plain_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module) is nn.BatchNorm2d]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_patterns_are_found_and_results_are_eagers(name):
-    build, shape, layers, (stems, joins, heads) = ZOO[name]
+    build, shape, expected = ZOO[name]
     model = randomise(build())
     reference = copy.deepcopy(model)
-    found = Counter(layers)
-    found.subtract({"bn_act": stems, "bn": joins, "bn_add_act": joins + heads})
-    found.update({"bn_act_maxpool": stems, "bn_add_bn_act": joins, "bn_add_act_avgpool": heads})
-    assert counts(model) == +found
+    assert counts(model) == expected
     assert fusedres.fuse(model) is model
-    assert counts(model) == +found
+    assert counts(model) == expected
     assert not plain_norms(model)
-    assert_same_steps(model, reference, images(*shape))
-    fusedres.fuse(model, disable={"stem", "join", "fork", "head"})
-    assert counts(model) == layers
     assert_same_steps(model, reference, images(*shape))
 
 
@@ -104,9 +84,9 @@ def test_unfuse_keeps_what_the_user_built():
 
 
 def test_blocks_keep_their_class_and_share_one():
-    model = fusedres.fuse(models.resnet50(width=4))
+    model = fusedres.fuse(zoo.resnet(models.Bottleneck, (2, 2)))
     blocks = [module for module in model.modules() if isinstance(module, models.Bottleneck)]
-    assert len(blocks) == 16
+    assert len(blocks) == 4
     assert {type(block).__name__ for block in blocks} == {"Bottleneck"}
     assert len({type(block) for block in blocks}) == 2  # with and without a projection
 
@@ -201,7 +181,7 @@ def test_filter_fn():
 def test_a_filtered_block_still_gets_its_batch_norms():
     model = fusedres.fuse(small(), lambda module, name: not isinstance(module, models.Bottleneck))
     assert not plain_norms(model)
-    assert counts(model) == {"bn_act": 1, "bn": 19}
+    assert counts(model) == {"bn_act": 1, "bn": 11}
 
 
 def test_a_child_fused_before_its_parent():

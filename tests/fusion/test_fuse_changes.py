@@ -15,11 +15,6 @@ from tests import zoo
 from tests.zoo import TOLERANCE, assert_same_steps, counts, images, randomise, small
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("name", ["layer1.0.relu", "layer1.0.bn3", "layer1.0.bn1", "layer1.0.conv1", "layer1.0"])
 @pytest.mark.parametrize("before", [True, False])
 def test_hooks_see_what_they_saw(name, before):
@@ -52,15 +47,16 @@ def test_hooked_modules_are_reported():
     assert rows["layer1.0.bn3"]["pattern"] == "bn"
     assert "hooks" in rows["layer1.0.bn3"]["reason"]
     handle.remove()
-    assert counts(fusedres.fuse(model))["bn_add_bn_act"] == 4
+    assert counts(fusedres.fuse(model))["bn_add_bn_act"] == 2
     handle = model.get_submodule("layer1.0.bn1").register_forward_pre_hook(lambda *_: None)
-    assert counts(model)["bn_add_bn_act"] == 3  # the block runs its original forward
+    assert counts(model)["bn_add_bn_act"] == 1  # the block runs its original forward
     handle.remove()
-    assert counts(model)["bn_add_bn_act"] == 4
+    assert counts(model)["bn_add_bn_act"] == 2
 
 
-def test_global_hooks_see_every_module():
-    model = small().eval()
+@pytest.mark.parametrize("build", [small, lambda: randomise(zoo.HandPreActResNet(zoo.KuangliuBlock, [1, 1]))])
+def test_global_hooks_see_every_module(build):
+    model = build().eval()
     calls: list[list[str]] = []
     for _ in range(2):
         seen: list[str] = []
@@ -78,7 +74,7 @@ def test_convert_sync_batchnorm_keeps_every_relu():
     model, x = small(), images()
     reference = copy.deepcopy(model).eval()
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(fusedres.fuse(model)).eval()
-    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 20
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 12
     torch.testing.assert_close(converted(x), reference(x), **TOLERANCE)
     assert set(counts(converted)) == {"bn"}
     assert {row["path"] for row in fusedres.explain(converted).rows} == {"eager"}
@@ -155,8 +151,8 @@ def test_modules_replaced_in_containers():
 
 def test_replacing_the_classifier_keeps_the_stem_fused():
     model = fusedres.fuse(small())
-    model.fc = nn.Linear(128, 3).double()
-    assert counts(model)["bn_act"] == 11
+    model.fc = nn.Linear(32, 3).double()
+    assert counts(model)["bn_act"] == 7
     assert model(images()).shape == (2, 3)
 
 

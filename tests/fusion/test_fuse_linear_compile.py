@@ -14,21 +14,14 @@ from fusedres.fusion import runtime
 from tests.fusion.linear_parts import BUILDS, rows
 from tests.zoo import TOLERANCE, assert_same_steps
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_one_graph_and_no_recompilation(build, backend):
+def test_one_graph_and_no_recompilation(build):
     model = fusedres.fuse(build())
     reference = copy.deepcopy(model)
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend("aot_eager")
     model.compile(backend=counter, fullgraph=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(3):

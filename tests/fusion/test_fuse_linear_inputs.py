@@ -21,12 +21,8 @@ from tests.fusion.linear_parts import (
 )
 from tests.zoo import TOLERANCE, counts
 
-
-@pytest.fixture(autouse=True)
-def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference, whose results in short dtypes are eager's to the last bit."""
-    monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
-    torch.manual_seed(0)
+# Whose results in short dtypes are eager's to the last bit.
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def test_broadcasting_and_promoting_additions_are_eagers():

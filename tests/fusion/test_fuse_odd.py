@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import fusedres
 from tests import zoo
+from tests.fusion.blocks import block_of
 from tests.fusion.ran import ran
 from tests.zoo import assert_same_steps, counts, images, randomise
 
@@ -76,7 +77,7 @@ FORWARDS: dict[str, tuple[Callable[[Parts, Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("name", FORWARDS)
 def test_a_batch_norm_called_by_keyword(name):
     forward, expected = FORWARDS[name]
-    model = randomise(type("Block", (Parts,), {"forward": forward})())
+    model = block_of(forward, Parts)
     reference = copy.deepcopy(model)
     assert counts(model) == {expected: 1}
     assert counts(fusedres.fuse(model)) == {expected: 1}

@@ -18,28 +18,22 @@ import fusedres
 from fusedres import functional, models
 from tests import zoo
 from tests.fusion.test_fuse import COPIES
-from tests.fusion.test_networks import train
-from tests.oracle import assert_network_as_good_as_eager
+from tests.fusion.trained import check_network
 from tests.zoo import TOLERANCE, assert_same_steps, conv, counts, images, randomise, step
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 @contextlib.contextmanager
 def counted_adds() -> Iterator[collections.Counter[str | None]]:
-    """Counts the calls of ``add_batch_norm_act``, by activation."""
+    """Counts the calls of :func:`fusedres.functional.add_batch_norm_act`, by activation."""
     seen: collections.Counter[str | None] = collections.Counter()
 
-    def count(*args, act=None, **kwargs):
+    def count(input, residual, norm, act=None, group=None):
         seen[act] += 1
-        return functional.add_batch_norm_act(*args, act=act, **kwargs)
+        return functional.add_normalise(input, residual, norm, act, group)
 
     with contextlib.ExitStack() as stack:
         for module in ("fusedres.nn.batch_norm", "fusedres.fusion.foreign"):
-            stack.enter_context(mock.patch(f"{module}.add_batch_norm_act", count))
+            stack.enter_context(mock.patch(f"{module}.add_normalise", count))
         yield seen
 
 
@@ -85,20 +79,18 @@ def hand(block: type[nn.Module], layers: tuple[int, ...] = (2, 2)) -> nn.Module:
     return zoo.HandPreActResNet(block, list(layers))
 
 
-def native(block: type[nn.Module]) -> nn.Module:
-    return models.PreActResNet(block, [2, 2], 5, width=4, small_input=True)
+def native(block: type[nn.Module], layers: tuple[int, ...] = (2, 2), small_input: bool = True) -> nn.Module:
+    return models.PreActResNet(block, layers, 5, width=8, small_input=small_input)
 
 
 BASIC, BOTTLENECK = {"add_bn_act": 4, "bn_act": 5}, {"add_bn_act": 4, "bn_act": 9}
-SMALL, LARGE = (2, 3, 8, 8), (2, 3, 40, 40)
+SMALL = (2, 3, 8, 8)
 ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] = {
-    "resnet18": (lambda: models.preact_resnet18(num_classes=5, width=4), LARGE, {"add_bn_act": 8, "bn_act": 9}),
-    "resnet34": (lambda: models.preact_resnet34(num_classes=5, width=4), LARGE, {"add_bn_act": 16, "bn_act": 17}),
-    "resnet50": (lambda: models.preact_resnet50(num_classes=5, width=4), LARGE, {"add_bn_act": 16, "bn_act": 33}),
-    "cifar": (lambda: models.preact_resnet_cifar(20, width=4), SMALL, {"add_bn_act": 9, "bn_act": 10}),
+    "cifar": (lambda: models.preact_resnet_cifar(8, width=8), SMALL, {"add_bn_act": 3, "bn_act": 4}),
     "cifar-pad": (
-        lambda: models.preact_resnet_cifar(29, width=4, shortcut="pad"), SMALL, {"add_bn_act": 9, "bn_act": 19}
+        lambda: models.preact_resnet_cifar(11, width=4, shortcut="pad"), SMALL, {"add_bn_act": 3, "bn_act": 7}
     ),
+    "stem": (lambda: native(fusedres.nn.PreActBasicBlock, small_input=False), (2, 3, 32, 32), BASIC),
     "nn-basic": (lambda: native(fusedres.nn.PreActBasicBlock), SMALL, BASIC),
     "nn-bottleneck": (lambda: native(fusedres.nn.PreActBottleneck), SMALL, BOTTLENECK),
     "hand-basic": (lambda: hand(zoo.KuangliuBlock), SMALL, BASIC),
@@ -131,25 +123,21 @@ def test_patterns_are_found_and_results_are_eagers(name):
     assert_same_steps(model, reference, x)
 
 
-FLOOR = {"cifar", "nn-bottleneck", "hand-basic", "projection", "list", "timm-bottleneck"}
+# Where the sum comes from: two stages, a bottleneck, user code, a projection with a norm, no ReLU behind it, timm.
+SEEDS = {"cifar": 0, "nn-bottleneck": 0, "hand-basic": 1, "projection": 0, "list": 0, "timm-bottleneck": 0}
 
 
 @pytest.mark.floor
-@pytest.mark.parametrize("name", sorted(FLOOR))
-def test_oracle(name, monkeypatch):
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("name", SEEDS)
+def test_oracle(name):
     """In float32 through the kernels, as good as eager."""
     build, shape, expected = ZOO[name]
-    model = randomise(build()).float().train()
-    x = torch.randn(shape)
-    monkeypatch.setenv("FUSEDRES_BACKEND", "reference")  # some of these have modules of ours from the start
-    exact = train(copy.deepcopy(model).double(), x.double())
-    eagers = [train(copy.deepcopy(model), x, form) for form in (torch.channels_last, torch.contiguous_format)]
-    monkeypatch.setenv("FUSEDRES_BACKEND", "triton")
-    fusedres.fuse(model)
+    torch.manual_seed(SEEDS[name])
+    model = randomise(build()).float()
     with counted_adds() as seen:
-        actual = train(model, x, torch.channels_last)
+        check_network(model, torch.randn(shape), torch.channels_last)
     assert seen["relu"] == expected["add_bn_act"]
-    assert_network_as_good_as_eager(actual, eagers, exact)
 
 
 def test_rows_name_the_norm_that_adds():
@@ -202,7 +190,7 @@ def test_twice_is_once_and_unfuse_restores():
     assert [type(module) for module in fusedres.unfuse(model).modules()] == classes
 
 
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_are_fused_and_independent(how, tmp_path):
     model, x = fusedres.fuse(randomise(hand(Projection))), images()
     duplicate = COPIES[how](model, tmp_path)
@@ -212,9 +200,9 @@ def test_copies_are_fused_and_independent(how, tmp_path):
 
 
 def test_blocks_keep_their_class_and_share_one():
-    model = fusedres.fuse(models.preact_resnet_cifar(164, width=1))
+    model = fusedres.fuse(models.preact_resnet_cifar(29, width=1))
     blocks = [module for module in model.modules() if isinstance(module, models.PreActBottleneck)]
-    assert len(blocks) == 54
+    assert len(blocks) == 9
     assert len({type(block) for block in blocks}) == 2  # with and without a projection
 
 

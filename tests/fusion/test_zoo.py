@@ -1,6 +1,6 @@
 """Networks of torchvision and timm: their BatchNorms run through fusedres, and compute what they computed.
 
-``--slow`` takes every network of those families, as its library builds it; otherwise a small one stands for each.
+``--slow`` takes every network of those families, as its library builds it; otherwise small ones stand for them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -111,7 +111,7 @@ def code(arch: str, form: str) -> str:
     [launch] = cooperative_launches((4, 64, 56, 56), torch.bfloat16, channels_last=True, residual=True, add=False)
     read = "_read_amd" if arch.startswith("gfx") else "_read_nvidia"
     with mock.patch.object(codegen, read, lambda result: result.asm[form]):
-        return codegen.compile_launch.__wrapped__(launch, arch)  # not what is cached
+        return cast(Any, codegen.compile_launch).__wrapped__(launch, arch)  # not what is cached
 
 
 @pytest.mark.codegen

@@ -19,8 +19,8 @@ from fusedres.functional import (
     add_batch_norm_act,
     batch_norm_act,
     batch_norm_act_global_avg_pool2d,
-    forked_batch_norm_act_max_pool2d,
     forked_batch_norm_add_batch_norm_act,
+    normalise_max_pool2d,
 )
 from tests.oracle import LINEAR_LN, LN_LINEAR, linear_inputs, run_linear
 
@@ -81,7 +81,7 @@ def forked(shape: tuple[int, ...], channels_last: bool, training: bool) -> Case:
             ]
             norms[0].weight.requires_grad_()
             joined = forked_batch_norm_add_batch_norm_act(x, other, *norms, act="relu")
-            outputs = [*joined, *forked_batch_norm_act_max_pool2d(x, norms[0])]
+            outputs = [*joined, *normalise_max_pool2d(x, norms[0], "relu", (3, 2, 1, 1, False), fork=True)]
             torch.autograd.backward(outputs, [torch.randn_like(out) for out in outputs])
             results += [*outputs, x.grad]
         return results

@@ -145,7 +145,7 @@ def test_chain(kind):
     apart = copy.deepcopy(chain)
     apart.forward = lambda x: apart.norm(apart.blocks(x))  # type: ignore[method-assign]
     zoo.assert_same_steps(chain, apart, images())
-    with mock.patch("fusedres.nn.batch_norm.add_batch_norm_act", wraps=fusedres.functional.add_batch_norm_act) as add:
+    with mock.patch("fusedres.nn.batch_norm.add_normalise", wraps=fusedres.functional.add_normalise) as add:
         chain(images())
     assert add.call_count == len(chain.blocks)
 

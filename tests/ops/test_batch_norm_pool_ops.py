@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres import reference
-from fusedres.functional import BatchNormState, batch_norm_act_max_pool2d, forked_batch_norm_act_max_pool2d
+from fusedres.functional import BatchNormState, batch_norm_act_max_pool2d, normalise_max_pool2d
 from fusedres.nn import BatchNormActMaxPool2d
 from tests.parameters import both_modes, compiled_modes
 
@@ -119,7 +119,7 @@ def test_fork(device, training, used):
         leaves = {name: t[name].detach().clone().requires_grad_() for name in ("input", "weight", "bias")}
         norm = state(t | leaves, training)
         if forked:
-            outputs = forked_batch_norm_act_max_pool2d(leaves["input"], norm)
+            outputs = normalise_max_pool2d(leaves["input"], norm, "relu", (3, 2, 1, 1, False), fork=True)
             assert outputs[0] is not outputs[1] and outputs[0].data_ptr() == outputs[1].data_ptr()
             readers(outputs, cotangents)
         else:
@@ -133,7 +133,7 @@ def test_fork(device, training, used):
 def test_fork_of_two_dtypes(device):
     """The second gradient takes the dtype of the first."""
     t = tensors(device, torch.bfloat16)
-    outputs = forked_batch_norm_act_max_pool2d(t["input"], state(t, True))
+    outputs = normalise_max_pool2d(t["input"], state(t, True), "relu", (3, 2, 1, 1, False), fork=True)
     grad, stats = torch.randn(POOLED, device=device).bfloat16(), torch.rand(4, 4, device=device)
     winner = torch.randint(0, 9, POOLED, dtype=torch.uint8, device=device)
     backward = torch.ops.fusedres.batch_norm_act_max_pool2d_backward
@@ -144,11 +144,11 @@ def test_fork_of_two_dtypes(device):
 
 def test_fork_that_nobody_needs(device, monkeypatch):
     t = tensors(device, grad=False)
-    first, second = forked_batch_norm_act_max_pool2d(t["input"], state(t, True))
+    first, second = normalise_max_pool2d(t["input"], state(t, True), "relu", (3, 2, 1, 1, False), fork=True)
     assert first is second
     monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
     t = tensors(device)
-    first, second = forked_batch_norm_act_max_pool2d(t["input"], state(t, True))
+    first, second = normalise_max_pool2d(t["input"], state(t, True), "relu", (3, 2, 1, 1, False), fork=True)
     assert first is second
 
 
@@ -159,7 +159,7 @@ def test_compiled_fork(device, training, backend):
     t = tensors(device)
 
     def run(x: Tensor, norm: BatchNormState) -> Tensor:
-        main, skip = forked_batch_norm_act_max_pool2d(x, norm)
+        main, skip = normalise_max_pool2d(x, norm, "relu", (3, 2, 1, 1, False), fork=True)
         return main.sin() + 2 * skip
 
     results = []

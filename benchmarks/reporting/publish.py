@@ -1,19 +1,23 @@
-"""The README's results, the plots and the page: generated from the rows and never typed."""
+"""RESULTS.md, the README's table, the plots and the page: generated from the rows and never typed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.errors import BenchmarkError
-from benchmarks.reporting import counts, page, plots, timings
-from benchmarks.reporting.markdown import CASE, Column, case, cell, fold, listing, pivot, speed, spread, table
+from benchmarks.reporting import counts, headline, page, plots, timings
+from benchmarks.reporting.markdown import CASE, Column, case, cell, fold, listing, pivot, speed, spread, table, where
 from benchmarks.reporting.report import Report, Rows, load
 from benchmarks.results import Row
+from benchmarks.suites import SUITES
+from benchmarks.workloads import TIMED
 
-README = ROOT / "README.md"
+README, TABLES = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
+LINK, ROWS = Path("results"), 10
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PAGE = "index.html"
 MEMORY = (
@@ -43,18 +47,39 @@ TRAINED = (
 )  # fmt: skip
 
 
-def update(readme: Path = README, folder: Path = results.RESULTS) -> None:
-    """Redraw everything under ``folder`` and rewrite what stands between the markers; nothing where a row is none.
+def publish(folder: Path, into: Path = results.RESULTS, readme: Path = README, tables: Path = TABLES) -> None:
+    """Merge the rows of ``folder`` into those of ``into``; redraw all of it, both texts too.
 
     Raises:
-        BenchmarkError: a row of another schema, or a README without markers.
+        BenchmarkError: a row of another schema, or a README without markers; nothing is written.
     """
-    rows = load(folder)
-    files = generate(rows)
     before, _, after = split(readme)
-    text = f"{before}{BEGIN}\n{render(rows, files, folder)}{END}{after}"
-    _replace(folder, rows, files)
-    _write(readme, text.encode())
+    rows = merged(load(into), load(folder))
+    files = generate(rows)
+    link = Path(os.path.relpath(into, tables.parent))
+    texts = {tables: render(rows, files, link), readme: f"{before}{BEGIN}\n{summary(rows)}{END}{after}"}
+    for (device, suite), found in rows.items():
+        results.write(into / device / f"{suite}.jsonl", found)
+    _replace(into, rows, files)
+    for path, text in texts.items():
+        results.replace(path, text.encode())
+
+
+def merged(old: Rows, new: Rows) -> Rows:
+    """One row a key; the new one where there are two."""
+    keys = sorted({*old, *new})
+    return {key: list({row.key: row for row in (*old.get(key, ()), *new.get(key, ()))}.values()) for key in keys}
+
+
+def summary(rows: Rows) -> str:
+    """The README's table."""
+    found, place = headline.lines(rows), headline.device(rows)
+    some = [row for (device, _), part in rows.items() if device == place for row in part]
+    told = headline.ON_CPU + " No GPU has measured anything yet: speed there is not known.\n" if place == "cpu" else ""
+    return (
+        f"{table(headline.HEADER, found[:ROWS])}\n{told}{where(some)}\n"
+        "All rows: [benchmarks/RESULTS.md](benchmarks/RESULTS.md).\n"
+    )
 
 
 def draw(folder: Path) -> None:
@@ -65,7 +90,7 @@ def draw(folder: Path) -> None:
 
 def generate(rows: Rows) -> dict[str, bytes]:
     """The contents of every file of a report, by its path beside the rows."""
-    files = plots.draw(rows)
+    files = plots.draw(rows) | plots.headline(rows)
     return files | {PAGE: page.render(rows, files).encode()}
 
 
@@ -75,15 +100,7 @@ def _replace(folder: Path, rows: Rows, files: dict[str, bytes]) -> None:
             if old.relative_to(folder).as_posix() not in files:
                 old.unlink()
     for name, content in files.items():
-        _write(folder / name, content)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whoever reads ``path`` meanwhile sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_bytes(content)
-    fresh.replace(path)
+        results.replace(folder / name, content)
 
 
 def split(readme: Path) -> tuple[str, str, str]:
@@ -100,22 +117,25 @@ def split(readme: Path) -> tuple[str, str, str]:
     return before, between.lstrip("\n"), after
 
 
-def render(rows: Rows, plotted: Collection[str], folder: Path = results.RESULTS) -> str:
-    """Markdown of all rows; ``plotted`` are names of files in ``folder``."""
-    link = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else Path(folder.name)
+def render(rows: Rows, plotted: Collection[str], link: Path = LINK) -> str:
+    """Markdown of all rows; ``plotted`` are names of files in ``link``, as seen from where the text lies."""
     report = Report(rows, [name for name in plotted if name.endswith(".svg")], link)
+    missing = [name for name in SUITES if name not in {suite for _, suite in rows}]
+    where_not = "" if any(device != "cpu" for device, suite in rows if suite in TIMED) else " Nothing on a GPU."
+    said = f"Not measured: {', '.join(missing) or 'no suite'}.{where_not}\n" if missing or where_not else ""
+    parts = [
+        timings.gpu(report),
+        report.section("probe", "1×1 convolutions", _probe),
+        counts.traffic(report),
+        report.section("network", "Whole training step", _moved),
+        counts.codegen(report),
+        report.section("memory", "Memory", lambda rows: _table(rows, MEMORY)),
+        report.section("compile-study", "What torch.compile makes of it", lambda rows: _table(rows, COMPILED)),
+        timings.cpu(report),
+        report.section("train", "Training parity", _trained),
+    ]
     return "\n".join(
-        [
-            timings.gpu(report),
-            report.section("probe", "1×1 convolutions", _probe),
-            counts.traffic(report),
-            report.section("network", "Whole training step", _moved),
-            counts.codegen(report),
-            report.section("memory", "Memory", lambda rows: _table(rows, MEMORY)),
-            report.section("compile-study", "What torch.compile makes of it", lambda rows: _table(rows, COMPILED)),
-            timings.cpu(report),
-            report.section("train", "Training parity", _trained),
-        ]
+        [f"# Results\n\nGenerated by `python -m benchmarks report --publish`. {said}", *filter(None, parts)]
     )
 
 

@@ -27,7 +27,7 @@ from benchmarks.timing import STEPS, Batch, Step
 from benchmarks.workers import variables
 from benchmarks.workloads import DTYPES, TIMED, Workload, workloads
 
-MODEL_SECONDS, LAYER_SECONDS = 5.0, 0.5  # of timed rounds, for each case and mode
+MODEL_SECONDS, LAYER_SECONDS = {"cuda": 5.0, "cpu": 2.5}, 0.5  # of timed rounds, for each case and mode
 WARM_UP = 0.2  # of those seconds
 TIMED_INPUTS = 2  # of a check at the timed size, which is large: float64 takes its time
 MIN_ROUNDS, MAX_ROUNDS = 20, 200
@@ -204,7 +204,7 @@ class _Measurement:
     def _figures(self, case: Timed, mode: str, steps: dict[str, Step]) -> dict[str, dict[str, float | None]]:
         if not steps:
             return {}
-        layer, limit = self.workload.layer, LAYER_SECONDS if self.workload.layer else MODEL_SECONDS
+        layer, limit = self.workload.layer, LAYER_SECONDS if self.workload.layer else MODEL_SECONDS[self.device.type]
         round_seconds = timing.warm_up(steps, self.device, WARM_UP * limit)
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(limit / max(round_seconds, 1e-9))))
         replayed = {p.name for p in case.providers if p.replays}

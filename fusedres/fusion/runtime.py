@@ -134,6 +134,8 @@ def end(out: Tensor, ends: Any) -> Ended:
 
 def norm_linear(input: Tensor, norm: LayerNorm, linear: Linear, act: str | None) -> Tensor:
     """``act(linear(norm(input)))`` with eager's result, fused where tensors and shapes are the usual ones."""
+    if _on_reference(input):
+        return _activate(_run(linear, _run(norm, input)), act)
     (shape, ln_weight, ln_bias, eps), (weight, bias) = _norm_arguments(norm), _linear_arguments(linear)
     if _is_usual(input, weight, bias, weight.shape[1:], shape, ln_weight, ln_bias):
         return layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
@@ -142,6 +144,8 @@ def norm_linear(input: Tensor, norm: LayerNorm, linear: Linear, act: str | None)
 
 def linear_norm(input: Tensor, linear: Linear, norm: LayerNorm, act: str | None) -> Tensor:
     """``act(norm(linear(input)))`` with eager's result, fused where tensors and shapes are the usual ones."""
+    if _on_reference(input):
+        return _activate(_run(norm, _run(linear, input)), act)
     (weight, bias), (shape, ln_weight, ln_bias, eps) = _linear_arguments(linear), _norm_arguments(norm)
     if _is_usual(input, weight, bias, weight.shape[:1], shape, ln_weight, ln_bias):
         return linear_layer_norm_act(input, weight, bias, ln_weight, ln_bias, eps=eps, act=act)
@@ -152,6 +156,8 @@ def linear_norm_add(
     input: Tensor, linear: Linear, norm: LayerNorm, act: str | None, residual: Any, changes: str | None
 ) -> Tensor:
     """``act(norm(linear(input))) + residual`` with eager's result; ``changes`` as in :func:`norm_add`."""
+    if _on_reference(input):
+        return _add(_activate(_run(norm, _run(linear, input)), act), residual, changes)
     (weight, bias), (shape, ln_weight, ln_bias, eps) = _linear_arguments(linear), _norm_arguments(norm)
     if (
         _is_usual(input, weight, bias, weight.shape[:1], shape, ln_weight, ln_bias)
@@ -270,6 +276,11 @@ def _run(layer: Linear | LayerNorm, input: Tensor) -> Tensor:
     return F.linear(input, *layer) if len(layer) == 2 else F.layer_norm(input, *layer)  # pyright: ignore
 
 
+def _on_reference(input: Any) -> bool:
+    """Whether no kernel could run: the layers are called as they are."""
+    return isinstance(input, Tensor) and takes_reference(input)
+
+
 def _activate(out: Tensor, act: str | None) -> Tensor:
     """``act(out)``, in place where ``out`` is a plain tensor: nobody else has seen it, and no backward reads it."""
     if act is None:
@@ -295,9 +306,7 @@ def _is_usual(
     ln_bias: Tensor | None,
 ) -> bool:
     """Whether the fused functions take what eager takes; what is unusual, or wrong, is left to eager."""
-    if not isinstance(input, Tensor) or takes_reference(input):
-        return False
-    if input.is_nested or weight.dim() != 2 or tuple(shape) != tuple(features):
+    if not isinstance(input, Tensor) or input.is_nested or weight.dim() != 2 or tuple(shape) != tuple(features):
         return False
     if input.dim() == 0 or input.shape[-1] != weight.shape[1] or not input.is_floating_point():
         return False

@@ -44,7 +44,8 @@ def normalise(
     if momentum is None:
         # The cumulative average; like PyTorch's own module, this reads the counter on the host.
         momentum = 1.0 / float(count) if training and count is not None else 0.0
-    if torch.compiler.is_dynamo_compiling():  # patterns are found again in what is captured
+    # PyTorch's own function refuses such an eps; and where it is captured, its patterns are found again.
+    if eps <= 0 or torch.compiler.is_dynamo_compiling():
         out = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
         out = out if residual is None else out + residual
         return torch.relu_(out) if act == "relu" else out

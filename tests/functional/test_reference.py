@@ -74,6 +74,8 @@ def test_a_refused_call_updates_nothing() -> None:
         (x, {"act": "gelu"}),
         (x.long(), {}),
     )
+    with pytest.raises(ValueError, match="eps must be"):
+        functional.batch_norm_act(x, None, None, training=True, eps=0.0)
     for input, options in wrong:
         with pytest.raises((TypeError, ValueError)):
             norm(input, **options)

@@ -40,7 +40,7 @@ LAYERS = [*LINEAR, *NORMS]
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
-    monkeypatch.setattr(timed, "MODEL_SECONDS", 0.0)
+    monkeypatch.setattr(timed, "MODEL_SECONDS", {"cuda": 0.0, "cpu": 0.0})
     monkeypatch.setattr(timed, "LAYER_SECONDS", 0.0)
     monkeypatch.setattr(timed, "MIN_ROUNDS", 3)
 
@@ -314,16 +314,26 @@ def test_parity_sees_a_small_error():
     assert not parity.check([wrong], model, batches, torch.float32)["fusedres"]["ok"]
 
 
-def test_interleaving_takes_turns():
-    calls: list[tuple[str, int]] = []
-    steps = {name: (lambda turn, mark, name=name: calls.append((name, turn))) for name in "abc"}
-    samples = timing.interleave(steps, CPU, 3)
-    assert [name for name, _ in calls] == list("abcbcacab")
-    assert [turn for _, turn in calls] == list(range(9)), "nobody has the inputs that another one left in the cache"
-    assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3, "c": 3}
+def test_interleaving_takes_turns(monkeypatch: pytest.MonkeyPatch):
+    """Forwards and backwards, each step right behind itself, and none with the inputs that were just in the cache."""
+    monkeypatch.setattr(timing, "SETTLED", 0)
+    calls: list[tuple[str, int, bool]] = []
+
+    def step(name: str) -> timing.Step:
+        return lambda turn, mark: calls.append((name, turn, mark is not timing._no_mark))
+
+    samples = timing.interleave({name: step(name) for name in "abc"}, CPU, 6)
+    timed = [(name, turn) for name, turn, is_timed in calls if is_timed]
+    assert "".join(name for name, _ in timed) == "abccbabcaacbcabbac"
+    assert [turn for _, turn in timed] == list(range(18))
+    assert [(name, turn) for name, turn, is_timed in calls if not is_timed] == [
+        (name, turn - 1) for name, turn in timed
+    ]
+    assert {name: len(values) for name, values in samples.items()} == {"a": 6, "b": 6, "c": 6}
 
 
 def test_inputs_take_turns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "SETTLED", 0)
     seen = []
     instance = providers.instantiate(PROVIDERS[EAGER], nn.Linear(3, 2), CPU)
     instance.call = lambda x: seen.append(x.data_ptr()) or instance.module(x)
@@ -331,8 +341,9 @@ def test_inputs_take_turns(monkeypatch: pytest.MonkeyPatch):
     for build in timing.STEPS.values():
         seen.clear()
         timing.interleave({"a": build(instance, batches, torch.float32)}, CPU, 7)
-        assert len(set(seen)) == 3
-        assert seen[:3] == seen[3:6]
+        timed = seen[1::2]  # the others go before each
+        assert len(set(timed)) == 3
+        assert timed[:3] == timed[3:6]
 
 
 def test_parts_of_a_step():

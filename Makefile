@@ -17,10 +17,10 @@ bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python -m benchmarks $(ARGS)
 
 test: $(VENV)/.installed-test $(VENV)/.installed-zoo
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-floor: $(FLOOR)/.installed
-	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n auto -m floor $(ARGS)
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n auto --dist loadfile -m floor $(ARGS)
 
 faults: $(VENV)/.installed-test $(VENV)/.installed-zoo
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.planted_faults $(ARGS)

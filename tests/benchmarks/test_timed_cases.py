@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 pytest.importorskip("rich")
-from rich.console import Console
 
 from benchmarks import parity, results
 from benchmarks.providers import BASELINE, PROVIDERS, Provider
@@ -101,7 +100,7 @@ def test_an_interruption_keeps_the_providers_before(tmp_path: Path):
     def measured(prepare: Callable[[nn.Module], nn.Module]) -> list[str]:
         others = [PROVIDERS["fusedres"], Provider("another", True, prepare)]
         cases = [Timed("models", BLOCK, 2, tuple(p)) for p in timed._pairs(BLOCK, [PROVIDERS[BASELINE], *others])]
-        return [row.provider for row in drive(suite, request, cases, Console(quiet=True))]
+        return [row.provider for row in drive(suite, request, cases, lambda text, count: None)]
 
     [suite] = (suite for suite in timed.TIMED_SUITES if suite.name == "models")
     request = replace(REQUEST, folder=tmp_path)

@@ -63,7 +63,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     for name in (
-        "batch_norm_act", "add_batch_norm_act", "batch_norm_add_batch_norm_act", "batch_norm_act_max_pool2d",
+        "normalise", "add_normalise", "batch_norm_add_batch_norm_act", "normalise_max_pool2d",
         "batch_norm_act_global_avg_pool2d",
     ):  # fmt: skip
         monkeypatch.setattr(reference, name, noting(name))
@@ -84,19 +84,19 @@ def test_the_nearest_measured_size_decides(taken):
     run(LARGE)
     assert taken == []
     run(SMALL)
-    assert taken == ["batch_norm_act"]
+    assert taken == ["normalise"]
     run(SMALL, training=False)
     add_batch_norm_act(activation(SMALL), activation(SMALL), None, None, training=True, act="relu")
-    assert taken == ["batch_norm_act", "batch_norm_act", "add_batch_norm_act", "batch_norm_act"]
+    assert taken == ["normalise", "normalise", "add_normalise", "normalise"]
 
 
 @pytest.mark.usefixtures("table")
 @pytest.mark.parametrize(
     ("function", "first"),
     [
-        (lambda x, norm: functional.forked_batch_norm_act(x, norm, residual=x, act="relu"), "batch_norm_act"),
+        (lambda x, norm: functional.forked_batch_norm_act(x, norm, residual=x, act="relu"), "normalise"),
         (lambda x, norm: functional.batch_norm_add_batch_norm_act(x, x, norm, norm), "batch_norm_add_batch_norm_act"),
-        (lambda x, norm: functional.batch_norm_act_max_pool2d(x, *norm[:7]), "batch_norm_act_max_pool2d"),
+        (lambda x, norm: functional.batch_norm_act_max_pool2d(x, *norm[:7]), "normalise_max_pool2d"),
         (
             lambda x, norm: functional.batch_norm_act_global_avg_pool2d(x, *norm[:7], residual=x),
             "batch_norm_act_global_avg_pool2d",

@@ -1,0 +1,127 @@
+"""fuse and unfuse."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from typing import TypeVar
+
+from torch import nn
+
+from fusedres.flat.blocks import FusedBlock, install
+from fusedres.flat.derived import original_class
+from fusedres.flat.foreign import TakenNorm, is_timms, take
+from fusedres.flat.options import make_options
+from fusedres.flat.plan import Filter, make_plans, swap_refusal, walk
+from fusedres.nn import OWN_NORMS, SyncBatchNormAct, as_batch_norm_act
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_TAKEN = "_fusedres_taken"
+
+
+def fuse(
+    model: ModuleT,
+    filter_fn: Filter | None = None,
+    *,
+    disable: Collection[str] = (),
+    save: str = "activations",
+) -> ModuleT:
+    """Fuse BatchNorm, or LayerNorm and Linear, with residual additions and ReLU in every block of ``model``, in place.
+
+    Each ``nn.BatchNorm2d`` becomes a :class:`fusedres.nn.BatchNormAct2d`, the same object with the same tensors and
+    hooks; timm's BatchNormAct2d keeps its class and gets a fused forward; ``nn.Linear`` and ``nn.LayerNorm`` stay what
+    they are. The forward of a block that holds a pattern is
+    rewritten from its torch.fx graph; the block stays an instance of its class. In pre-activation networks the
+    BatchNorm that opens a block makes the sum that ended the one before: rewritten forwards pass each other the
+    summands, as long as nobody watches the blocks in between. Parameters, buffers and ``state_dict`` are unchanged,
+    results up to rounding; a forward that cannot be traced, or depends on state that cannot be watched, is left alone,
+    and :func:`explain` says why. A block runs its original forward when one of its folded modules has been replaced,
+    patched or hooked, one of its own attributes set to another value, or an optional argument is passed, other than the
+    first where that may be ``None``, as an identity given to the block may. Fusing a fused model again, with the same
+    arguments, changes nothing. Other threads may run other models meanwhile, but not this one.
+
+    Beyond a layer: the BatchNorm and ReLU of a stem with the maximum pooling behind them (``"stem"``); both BatchNorms
+    of a projection block (``"join"``); the two gradients that meet at a block's output, added in the reduction of its
+    BatchNorm (``"fork"``); the last BatchNorm, addition and ReLU with global average pooling (``"head"``); the sums of
+    pre-activation networks (``"preact"``). In a network that spans several modules, and where somebody watches one of
+    those in between, or it is called alone, what would have passed through it is not fused.
+
+    Not watched, and as they were when ``fuse`` was called: numbers, strings and functions that a forward reads from
+    its class or its Python module, the length of an ``nn.ModuleList``, and what it learns by calling functions of
+    other libraries, such as the clock or a random generator of its own. After a change to these, call ``fuse`` again.
+
+    Args:
+        model: any module.
+        filter_fn: called with each module and its qualified name; where it returns ``False``, that BatchNorm, Linear
+            or LayerNorm, or that block's own forward, is left alone.
+        disable: fusions to leave out, of ``"stem"``, ``"join"``, ``"fork"``, ``"head"``, ``"preact"`` and ``"linear"``
+            (LayerNorm and Linear).
+        save: ``"recompute"`` keeps the input of a BatchNorm, not the output of its ReLU, where that feeds one
+            convolution, whose backward computes it again: less memory for one more read and write of it.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: an unknown name in ``disable``, or an unknown ``save``.
+    """
+    plans = make_plans(model, filter_fn, make_options(disable, save))
+    norms = [(name, norm) for name, norm in walk(model) if _may_be_taken(norm)]
+    for name, norm in norms:
+        if swap_refusal(norm) is None and (filter_fn is None or filter_fn(norm, name)):
+            _take(norm)
+    for plan in plans:
+        if plan.reason:
+            continue
+        _restore(plan.block)
+        if plan.code is not None:
+            with contextlib.suppress(TypeError):  # a class with a memory layout of its own keeps its forward
+                install(plan.block, plan.code)
+    return model
+
+
+def unfuse(model: ModuleT) -> ModuleT:
+    """Undo :func:`fuse` in place: the original classes and forwards, over the same tensors.
+
+    A :class:`fusedres.nn.BatchNormAct2d` that ``fuse`` did not make stays, and so does a
+    :class:`fusedres.nn.SyncBatchNormAct`.
+
+    Returns:
+        ``model`` itself.
+    """
+    for module in model.modules():
+        _restore(module)
+        if is_taken(module):
+            delattr(module, _TAKEN)
+            if not isinstance(module, SyncBatchNormAct):
+                del module.act
+                module.__class__ = nn.BatchNorm2d
+    return model
+
+
+def is_taken(module: nn.Module) -> bool:
+    """Whether ``fuse`` made this a BatchNormAct2d, or may call it as one, or gave timm's its forward."""
+    return isinstance(module, TakenNorm) or (type(module) in OWN_NORMS and _TAKEN in vars(module))
+
+
+def _may_be_taken(module: nn.Module) -> bool:
+    """A plain BatchNorm, also as ``convert_sync_batchnorm`` leaves it, or timm's."""
+    converted = isinstance(module, SyncBatchNormAct) and module.act is None
+    return type(module) is nn.BatchNorm2d or converted or is_timms(module)
+
+
+def _take(norm: nn.Module) -> None:
+    if is_timms(norm):
+        take(norm)
+    else:
+        as_batch_norm_act(norm, act=None)
+        setattr(norm, _TAKEN, True)
+
+
+def _restore(block: nn.Module) -> None:
+    original = original_class(block)
+    if original is not None:
+        block.__class__ = original
+        vars(block).pop("_fusedres_stale", None)
+    elif isinstance(block, FusedBlock):
+        vars(block)["_fusedres_stale"] = True  # wrapped in a class of another library's

@@ -1,0 +1,303 @@
+"""What rewritten forwards call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from fusedres.functional import (
+    BatchNormState,
+    add_batch_norm_act,
+    autocasts,
+    batch_norm_act,
+    batch_norm_act_conv2d,
+    batch_norm_act_global_avg_pool2d,
+    batch_norm_act_max_pool2d,
+    batch_norm_add_batch_norm_act,
+    forked_batch_norm_act,
+    forked_batch_norm_act_max_pool2d,
+    forked_batch_norm_add_batch_norm_act,
+    layer_norm_linear_act,
+    linear_layer_norm_act,
+)
+from fusedres.flat.foreign import foreign_add_norm, foreign_norm
+from fusedres.nn import OWN_NORMS, BatchNormAct2d, batch_norm_state
+
+# A layer is a module, whose tensors are read at each call, or what its function takes after the input.
+BatchNorm: TypeAlias = "BatchNormAct2d | BatchNormState"
+Linear: TypeAlias = "nn.Linear | tuple[Tensor, Tensor | None]"
+LayerNorm: TypeAlias = "nn.LayerNorm | tuple[Sequence[int], Tensor | None, Tensor | None, float]"
+MaxPool: TypeAlias = "nn.MaxPool2d | tuple[Any, ...]"  # kernel_size, stride, padding, dilation, ceil_mode
+Ended: TypeAlias = "tuple[Tensor, Tensor | None]"
+FORK, POOL = "fork", "pool"  # how a value ends, see end()
+OWN_ACT = "own"  # the activation of the BatchNormAct2d that is called
+
+
+def batch_norm(input: Tensor, norm: BatchNormState, act: str | None = None, residual: Tensor | None = None) -> Tensor:
+    """``act(norm(input) + residual)`` in one operation."""
+    return batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=norm[7])
+
+
+def norm_add(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:
+    """``act(norm(input) + residual)`` with eager's result, fused where the addition neither broadcasts nor casts.
+
+    ``changes`` is the operand that the addition changed in place, ``"norm"`` or ``"residual"``, if any: its dtype
+    is the result's.
+    """
+    return ended_norm(norm, input, residual, act, changes, None)[0]
+
+
+def norm_add_norm(
+    norm: BatchNorm, input: Tensor, other_norm: BatchNorm, other: Tensor, act: str | None, changes: str | None
+) -> Tensor:
+    """``act(norm(input) + other_norm(other))`` with eager's result; ``changes`` as in :func:`norm_add`."""
+    return ended_join(norm, input, other_norm, other, act, changes, None)[0]
+
+
+def norm_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool) -> Tensor:
+    """``pool(act(norm(input)))`` with eager's result."""
+    return ended_max_pool(norm, input, act, pool, None)[0]
+
+
+def norm_conv(norm: BatchNorm, input: Tensor, act: str | None, conv: nn.Conv2d) -> Tensor:
+    """``conv(act(norm(input)))``; the convolution's input is not kept for the backward but computed again."""
+    if not _is_plain(norm) or input.dim() != 4 or conv.padding_mode != "zeros":
+        return conv(_normalise(norm, input, None, act))
+    state = _state(norm, input)
+    return batch_norm_act_conv2d(
+        input, *state[:7], act=act, conv_weight=conv.weight, conv_bias=conv.bias, stride=conv.stride,
+        padding=conv.padding, dilation=conv.dilation, groups=conv.groups, num_batches_tracked=state[7],
+    )  # fmt: skip
+
+
+def ended_norm(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None, ends: Any) -> Ended:
+    """:func:`norm_add`, or without a residual ``act(norm(input))``, ended as ``ends`` says."""
+    if residual is not None and not _can_add(input, residual, changes):
+        out = _add(_normalise(norm, input, None, None), residual, changes)
+        return end(torch.relu(out) if _act(norm, act) == "relu" else out, ends)
+    if ends not in (FORK, POOL) or not _is_plain(norm) or (ends == POOL and input.dim() != 4):
+        return end(_normalise(norm, input, residual, act), ends)
+    state = _state(norm, input)
+    if ends == FORK:
+        return forked_batch_norm_act(input, state, residual=residual, act=_act(norm, act))
+    out = batch_norm_act_global_avg_pool2d(
+        input, *state[:7], residual=residual, act=_act(norm, act), num_batches_tracked=state[7]
+    )
+    return out, None
+
+
+def ended_join(
+    norm: BatchNorm,
+    input: Tensor,
+    other_norm: BatchNorm,
+    other: Tensor,
+    act: str | None,
+    changes: str | None,
+    ends: Any,
+) -> Ended:
+    """:func:`norm_add_norm`, ended as ``ends`` says."""
+    plain = _is_plain(norm) and _is_plain(other_norm)
+    if not plain or input.shape != other.shape or input.dtype != other.dtype or input.device != other.device:
+        return ended_norm(norm, input, _normalise(other_norm, other, None, None), act, changes, ends)
+    arguments = input, other, _state(norm, input), _state(other_norm, other)
+    if ends == FORK:
+        return forked_batch_norm_add_batch_norm_act(*arguments, act=_act(norm, act))
+    return end(batch_norm_add_batch_norm_act(*arguments, act=_act(norm, act)), ends)
+
+
+def ended_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool, ends: Any) -> Ended:
+    """:func:`norm_max_pool`, ended as ``ends`` says."""
+    indices = isinstance(pool, nn.MaxPool2d) and pool.return_indices
+    if not _is_plain(norm) or input.dim() != 4 or indices:
+        out = _normalise(norm, input, None, act)
+        return end(pool(out) if isinstance(pool, nn.MaxPool2d) else F.max_pool2d(out, *pool), ends)
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    given = tuple(getattr(pool, name) for name in names) if isinstance(pool, nn.MaxPool2d) else pool
+    window: Any = dict(zip(names, given, strict=True))
+    state = _state(norm, input)
+    if ends == FORK:
+        return forked_batch_norm_act_max_pool2d(input, state, act=_act(norm, act), **window)
+    out = batch_norm_act_max_pool2d(input, *state[:7], act=_act(norm, act), **window, num_batches_tracked=state[7])
+    return end(out, ends)
+
+
+def end(out: Tensor, ends: str | None) -> Ended:
+    """``out`` as it is (``None``), under two names (``FORK``) or averaged (``POOL``)."""
+    if ends == POOL:
+        return F.adaptive_avg_pool2d(out, 1), None
+    return out, (out if ends == FORK else None)
+
+
+def add_norm(
+    norm: nn.BatchNorm2d | BatchNormState, input: Any, residual: Any, in_place: bool, **act: Any
+) -> tuple[Tensor, Tensor]:
+    """``(s, norm(s))`` of ``s = input + residual``, or ``input += residual``; fused where that gives eager's result."""
+    fused = (
+        isinstance(input, Tensor)
+        and isinstance(residual, Tensor)
+        and input.shape == residual.shape
+        and input.device == residual.device
+        and input.is_floating_point()
+        and residual.is_floating_point()
+        # The statistics may be of the sum's dtype.
+        and (input.dtype == residual.dtype or (not in_place and _is_single(norm)))
+    )
+    if not fused:
+        if in_place:
+            input += residual
+        else:
+            input = input + residual
+    if isinstance(norm, tuple):
+        if not fused:
+            return input, batch_norm(input, norm, **act)
+        return add_batch_norm_act(input, residual, *norm[:7], num_batches_tracked=norm[7], **act)
+    if isinstance(norm, OWN_NORMS):
+        return norm.add(input, residual, **act) if fused else (input, norm(input, **act))
+    return foreign_add_norm(norm, input, residual) if fused else (input, foreign_norm(norm, input))
+
+
+def _is_single(norm: nn.BatchNorm2d | BatchNormState) -> bool:
+    vectors = norm[:4] if isinstance(norm, tuple) else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return all(vector is None or vector.dtype == torch.float32 for vector in vectors)
+
+
+def norm_linear(input: Tensor, norm: LayerNorm, linear: Linear, act: str | None) -> Tensor:
+    """``act(linear(norm(input)))`` with eager's result, fused where tensors and shapes are the usual ones."""
+    (shape, ln_weight, ln_bias, eps), (weight, bias) = _norm_arguments(norm), _linear_arguments(linear)
+    if _is_usual(input, weight, bias, weight.shape[1:], shape, ln_weight, ln_bias):
+        return layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
+    out = _run(linear, _run(norm, input))
+    return torch.relu(out) if act == "relu" else out
+
+
+def linear_norm(input: Tensor, linear: Linear, norm: LayerNorm, act: str | None) -> Tensor:
+    """``act(norm(linear(input)))`` with eager's result, fused where tensors and shapes are the usual ones."""
+    (weight, bias), (shape, ln_weight, ln_bias, eps) = _linear_arguments(linear), _norm_arguments(norm)
+    if _is_usual(input, weight, bias, weight.shape[:1], shape, ln_weight, ln_bias):
+        return linear_layer_norm_act(input, weight, bias, ln_weight, ln_bias, eps=eps, act=act)
+    out = _run(norm, _run(linear, input))
+    return torch.relu(out) if act == "relu" else out
+
+
+def linear_norm_add(
+    input: Tensor, linear: Linear, norm: LayerNorm, act: str | None, residual: Any, changes: str | None
+) -> Tensor:
+    """``act(norm(linear(input))) + residual`` with eager's result; ``changes`` as in :func:`norm_add`."""
+    (weight, bias), (shape, ln_weight, ln_bias, eps) = _linear_arguments(linear), _norm_arguments(norm)
+    if (
+        _is_usual(input, weight, bias, weight.shape[:1], shape, ln_weight, ln_bias)
+        and isinstance(residual, Tensor)
+        and residual.shape == (*input.shape[:-1], weight.shape[0])
+        and residual.device == input.device
+        and residual.is_floating_point()
+        # Under autocast the dtype of what is added to is not the input's.
+        and (changes is None or (residual.dtype == input.dtype and not autocasts(input)))
+    ):
+        return linear_layer_norm_act(
+            input, weight, bias, ln_weight, ln_bias, eps=eps, act=act, residual=residual
+        )  # fmt: skip
+    return _add(linear_norm(input, linear, norm, act), residual, changes)
+
+
+def linear_shape(input: Tensor, linear: Linear) -> Tensor:
+    """A tensor of the shape and device of ``linear(input)``, for those who ask for no more; it takes no memory."""
+    if not isinstance(input, Tensor):  # a symbolic trace has no dimensions yet
+        return _run(linear, input)
+    return input.new_empty(()).expand(*input.shape[:-1], *_linear_arguments(linear)[0].shape[:-1])
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor, or stands for one in a trace; others are quantized, sharded or the like."""
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook would see ``module`` called, or not called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain(norm: BatchNorm) -> bool:
+    """Whether the functions that span more than one layer take it; one that ranks share is on its own."""
+    return isinstance(norm, tuple) or type(norm) is BatchNormAct2d
+
+
+def _state(norm: BatchNorm, input: Tensor) -> BatchNormState:
+    return BatchNormState(*norm) if isinstance(norm, tuple) else BatchNormState(**batch_norm_state(norm, input))
+
+
+def _act(norm: BatchNorm, act: str | None) -> str | None:
+    return act if act != OWN_ACT else norm.act if isinstance(norm, BatchNormAct2d) else None
+
+
+def _normalise(norm: BatchNorm, input: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+    """``act(norm(input) + residual)`` by the layer's own function."""
+    if isinstance(norm, tuple):
+        return batch_norm(input, norm, act, residual)
+    # By keyword: a normalisation that knows neither raises.
+    given: dict[str, Any] = {} if residual is None else {"residual": residual}
+    if act != OWN_ACT and (act is not None or getattr(norm, "act", None) is not None):
+        given["act"] = act
+    return norm(input, **given)
+
+
+def _can_add(input: Tensor, residual: Any, changes: str | None) -> bool:
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.device == input.device
+        and (residual.dtype == input.dtype or (changes is None and residual.is_floating_point()))
+    )
+
+
+def _add(out: Tensor, residual: Any, changes: str | None) -> Tensor:
+    if changes == "norm":
+        out += residual
+        return out
+    return out + residual if changes is None else residual.clone().add_(out)
+
+
+def _run(layer: Linear | LayerNorm, input: Tensor) -> Tensor:
+    if isinstance(layer, nn.Module):
+        return layer(input)
+    return F.linear(input, *layer) if len(layer) == 2 else F.layer_norm(input, *layer)  # pyright: ignore
+
+
+def _linear_arguments(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    return (linear.weight, linear.bias) if isinstance(linear, nn.Module) else linear
+
+
+def _norm_arguments(norm: LayerNorm) -> tuple[Sequence[int], Tensor | None, Tensor | None, float]:
+    return (norm.normalized_shape, norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.Module) else norm
+
+
+def _is_usual(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    features: torch.Size,
+    shape: Sequence[int],
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+) -> bool:
+    """Whether the fused functions take what eager takes; what is unusual, or wrong, is left to eager."""
+    if not isinstance(input, Tensor) or input.is_nested or weight.dim() != 2 or tuple(shape) != tuple(features):
+        return False
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1] or not input.is_floating_point():
+        return False
+    if weight.dtype != input.dtype and not autocasts(input):
+        return False
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        return False
+    vectors = [vector for vector in (ln_weight, ln_bias) if vector is not None]
+    if any(vector.shape != features or vector.dtype not in (torch.float32, input.dtype) for vector in vectors):
+        return False
+    given = [weight, *vectors] if bias is None else [weight, bias, *vectors]
+    return all(is_plain(tensor) and tensor.device == input.device for tensor in given)

@@ -1,0 +1,1 @@
+"""Conversion on one flat graph: the engine that is to replace :mod:`fusedres.fusion`."""

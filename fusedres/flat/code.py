@@ -242,9 +242,10 @@ class _Emitter:
     def _text(self, value: Any) -> str:
         if isinstance(value, fx.Node):
             return self.values[value]
-        if type(value) in (tuple, list):
-            items = ", ".join(map(self._text, value))
-            return f"({items}{',' * (len(value) == 1)})" if type(value) is tuple else f"[{items}]"
+        if type(value) is tuple:
+            return f"({''.join(f'{self._text(item)}, ' for item in value)})"
+        if isinstance(value, list):  # torch.fx has one of its own
+            return f"[{', '.join(map(self._text, value))}]"
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             return "{" + ", ".join(f"{key!r}: {self._text(item)}" for key, item in value.items()) + "}"
         if isinstance(value, slice):

@@ -8,11 +8,12 @@ from typing import TypeVar
 
 from torch import nn
 
-from fusedres.flat.blocks import FusedBlock, install
 from fusedres.flat.derived import original_class
 from fusedres.flat.foreign import TakenNorm, is_timms, take
+from fusedres.flat.install import install
 from fusedres.flat.options import make_options
-from fusedres.flat.plan import Filter, make_plans, swap_refusal, walk
+from fusedres.flat.refusals import Filter, swap_refusal, walk
+from fusedres.flat.region import Region, make_plans
 from fusedres.nn import OWN_NORMS, SyncBatchNormAct, as_batch_norm_act
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -65,18 +66,17 @@ def fuse(
     Raises:
         ValueError: an unknown name in ``disable``, or an unknown ``save``.
     """
-    plans = make_plans(model, filter_fn, make_options(disable, save))
-    norms = [(name, norm) for name, norm in walk(model) if _may_be_taken(norm)]
-    for name, norm in norms:
-        if swap_refusal(norm) is None and (filter_fn is None or filter_fn(norm, name)):
+    options = make_options(disable, save)
+    for module in model.modules():
+        _restore(module)
+    refused = set() if filter_fn is None else {part for name, part in walk(model) if not filter_fn(part, name)}
+    for _, norm in list(walk(model)):
+        if _may_be_taken(norm) and swap_refusal(norm) is None and norm not in refused:
             _take(norm)
-    for plan in plans:
-        if plan.reason:
-            continue
-        _restore(plan.block)
-        if plan.code is not None:
+    for plan in make_plans(model, refused, options):
+        if plan.is_rewritten:
             with contextlib.suppress(TypeError):  # a class with a memory layout of its own keeps its forward
-                install(plan.block, plan.code)
+                install(plan.module, Region(options, plan.refused, plan.codes))
     return model
 
 
@@ -122,6 +122,4 @@ def _restore(block: nn.Module) -> None:
     original = original_class(block)
     if original is not None:
         block.__class__ = original
-        vars(block).pop("_fusedres_stale", None)
-    elif isinstance(block, FusedBlock):
-        vars(block)["_fusedres_stale"] = True  # wrapped in a class of another library's
+    vars(block).pop("_fusedres_region", None)

@@ -33,7 +33,7 @@ class BatchNormRewriter(Rewriter):
         reason = self.refusal(module)
         if reason is not None:
             return Call(name, "bn", reason)
-        if is_timms(module):
+        if is_timms(module) and foreign_pattern(module) != ("bn", ""):
             return Call(name, *foreign_pattern(module))
         if not norm.args and norm.kwargs.keys() == {"input"}:
             norm.args, norm.kwargs = (norm.kwargs["input"],), {}
@@ -60,8 +60,14 @@ class BatchNormRewriter(Rewriter):
                 return self._fold_max_pool(norm, chain, tail)
             if self.options.save == "recompute" and self._is_conv(tail.reader):
                 return self._fold_conv(norm, chain, tail)
-        norm.kwargs = {"act": "relu"}
-        self.replace([*chain.nodes[1:], act], norm)
+        if is_timms(self.values.module(norm)):  # its forward takes no activation
+            module = self.attribute(norm, norm)
+            with self.graph.inserting_before(norm):
+                fused = self.graph.call_function(norm_add, (module, norm.args[0], None, "relu", None))
+            self.replace([*chain.nodes, act], fused)
+        else:
+            norm.kwargs = {"act": "relu"}
+            self.replace([*chain.nodes[1:], act], norm)
         return Call(str(norm.target), "bn_act")
 
     def _fold_max_pool(self, norm: fx.Node, chain: Chain, tail: Chain) -> Call:
@@ -117,9 +123,12 @@ class BatchNormRewriter(Rewriter):
         while isinstance(value, fx.Node) and is_standard(self.values.module(value), nn.Identity):
             value = value.all_input_nodes[0]
         module = self.values.module(value) if isinstance(value, fx.Node) else None
-        if not isinstance(module, _BatchNorm) or module is self.values.module(reader) or is_timms(module):
+        if not isinstance(module, _BatchNorm) or module is self.values.module(reader):
             return None
-        if self.refusal(module) is not None or getattr(module, "act", None) is not None:
+        timms = is_timms(module)
+        if self.refusal(module) is not None or (not timms and getattr(module, "act", None) is not None):
+            return None
+        if timms and foreign_pattern(module) != ("bn", ""):
             return None
         plain = len(value.args) == 1 and isinstance(value.args[0], fx.Node) and not value.kwargs
         chain = self.chain(value)

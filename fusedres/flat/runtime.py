@@ -26,7 +26,7 @@ from fusedres.functional import (
     layer_norm_linear_act,
     linear_layer_norm_act,
 )
-from fusedres.flat.foreign import foreign_add_norm, foreign_norm
+from fusedres.flat.foreign import foreign_act, foreign_add_norm, foreign_norm, is_foreign, is_timms
 from fusedres.nn import OWN_NORMS, BatchNormAct2d, batch_norm_state
 
 # A layer is a module, whose tensors are read at each call, or what its function takes after the input.
@@ -159,6 +159,9 @@ def add_norm(
         return add_batch_norm_act(input, residual, *norm[:7], num_batches_tracked=norm[7], **act)
     if isinstance(norm, OWN_NORMS):
         return norm.add(input, residual, **act) if fused else (input, norm(input, **act))
+    if not is_foreign(norm):
+        total = input + residual if fused else input
+        return total, norm(total)
     return foreign_add_norm(norm, input, residual) if fused else (input, foreign_norm(norm, input))
 
 
@@ -226,7 +229,12 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _is_plain(norm: BatchNorm) -> bool:
     """Whether the functions that span more than one layer take it; one that ranks share is on its own."""
-    return isinstance(norm, tuple) or type(norm) is BatchNormAct2d
+    return isinstance(norm, tuple) or type(norm) is BatchNormAct2d or _is_bare(norm)
+
+
+def _is_bare(norm: Any) -> bool:
+    """Whether it is timm's and applies no activation."""
+    return is_foreign(norm) and foreign_act(norm) is None
 
 
 def _state(norm: BatchNorm, input: Tensor) -> BatchNormState:
@@ -241,6 +249,11 @@ def _normalise(norm: BatchNorm, input: Tensor, residual: Tensor | None, act: str
     """``act(norm(input) + residual)`` by the layer's own function."""
     if isinstance(norm, tuple):
         return batch_norm(input, norm, act, residual)
+    if is_timms(norm):
+        if _is_bare(norm):
+            return batch_norm_act(input, **batch_norm_state(norm, input), residual=residual, act=act)
+        out = norm(input) if residual is None else norm(input) + residual
+        return torch.relu(out) if act == "relu" else out
     # By keyword: a normalisation that knows neither raises.
     given: dict[str, Any] = {} if residual is None else {"residual": residual}
     if act != OWN_ACT and (act is not None or getattr(norm, "act", None) is not None):

@@ -167,7 +167,12 @@ class _Value(fx.Proxy):
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         # isinstance() comes here after the real type.
-        home = str(sys._getframe(1).f_globals.get("__name__", ""))
+        frame = sys._getframe(1)
+        home = str(frame.f_globals.get("__name__", ""))
+        if home == "torch.nn.parameter" and frame.f_back is not None:  # isinstance(value, nn.Parameter)
+            home = str(frame.f_back.f_globals.get("__name__", ""))
+            if not is_torchs(home):
+                raise UntraceableError("forward asks whether a value is a parameter")
         if home.startswith(("torch.fx", "fusedres.", "torch.utils", "torch.overrides")):
             return type(self)
         if is_tensor(self.tracer.root, self.node):
@@ -326,11 +331,12 @@ class _Tracer(fx.Tracer):
             self.training[self.paths[module]] = mode
             return mode
 
-        nn.Module.__getattr__ = get  # pyright: ignore[reportAttributeAccessIssue]
+        patched = fx._symbolic_trace  # which calls the one that it found when it was imported
+        nn.Module.__getattr__ = patched._orig_module_getattr = get  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield
         finally:
-            nn.Module.__getattr__ = former
+            nn.Module.__getattr__ = patched._orig_module_getattr = former  # pyright: ignore[reportAttributeAccessIssue]
 
     def path_of_module(self, mod: nn.Module) -> str:
         if mod not in self.paths:

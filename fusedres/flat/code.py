@@ -10,7 +10,7 @@ import math
 import operator
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class Code:
         inlined: the modules that it went through, its own first.
         training: the modes on which it depends.
         calls: a row for each call of a normalisation.
-        leaves: modules of a user's that it calls, with the reasons.
+        leaves: modules that it calls and that are not guarded: those of users, and watched ones; with the reasons.
+        forwards: of the classes, when it was traced; not known any more once it was pickled.
     """
 
     key: tuple[Any, ...]
@@ -59,9 +60,24 @@ class Code:
     training: tuple[tuple[str, bool], ...]
     calls: tuple[Call, ...]
     leaves: tuple[tuple[str, str], ...]
+    forwards: tuple[Callable[..., Any], ...] = field(default=(), compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "forwards": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def kinds(self) -> tuple[type[nn.Module], ...]:
+        """The classes of all modules, but for the leaves of users."""
+        opaque = {path for path, _ in self.leaves}
+        called = [kind for path, kind in self.modules if path not in opaque]
+        return tuple(dict.fromkeys([*(part.kind for part in self.inlined), *called]))
 
     def bind(self, root: nn.Module) -> Bound | None:
         """This code for ``root``; ``None`` where it is not, or not any more, what this was made of."""
+        if self.forwards and tuple(kind.forward for kind in self.kinds()) != self.forwards:
+            return None
         try:
             modules = tuple(_get(root, path) for path, _ in self.modules)
             inlined = tuple(_get(root, part.path) for part in self.inlined)
@@ -107,7 +123,7 @@ class Bound:
         self.mode_dicts = [module.__dict__ for module in modes if module is not root]
         self.own_mode = next((mode for path, mode in code.training if not path), None)
         self.bits = [mode for path, mode in code.training if path]
-        self.kinds = tuple(dict.fromkeys([*(kind_of(m) for m in inlined), *map(kind_of, self.watched)]))
+        self.kinds = code.kinds()
         self.forwards = [kind.forward for kind in self.kinds]
         self.tensors = [
             (tensors, [name for name, tensor in tensors.items() if tensor is None], len(tensors))
@@ -175,10 +191,11 @@ def generate(root: nn.Module, trace: Trace, calls: list[Call], key: tuple[Any, .
     )
     names = {module: name for name, module in root.named_modules()}
     leaves = tuple((names[module], reason) for module, reason in trace.reasons.items() if names[module] in paths)
-    return Code(
+    code = Code(
         key, source, tuple(emitter.names.items()), modules, len(emitter.modules), inlined,
         tuple(sorted(trace.training.items())), tuple(calls), leaves,
     )  # fmt: skip
+    return replace(code, forwards=tuple(kind.forward for kind in code.kinds()))
 
 
 class _Emitter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection
 from typing import TypeVar
 
@@ -10,10 +9,9 @@ from torch import nn
 
 from fusedres.flat.derived import original_class
 from fusedres.flat.foreign import TakenNorm, is_timms, take
-from fusedres.flat.install import install
+from fusedres.flat.install import install_all
 from fusedres.flat.options import make_options
 from fusedres.flat.refusals import Filter, swap_refusal, walk
-from fusedres.flat.region import Region, make_plans
 from fusedres.nn import OWN_NORMS, SyncBatchNormAct, as_batch_norm_act
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -73,10 +71,7 @@ def fuse(
     for _, norm in list(walk(model)):
         if _may_be_taken(norm) and swap_refusal(norm) is None and norm not in refused:
             _take(norm)
-    for plan in make_plans(model, refused, options):
-        if plan.is_rewritten:
-            with contextlib.suppress(TypeError):  # a class with a memory layout of its own keeps its forward
-                install(plan.module, Region(options, plan.refused, plan.codes))
+    install_all(model, refused, options)
     return model
 
 

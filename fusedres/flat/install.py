@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
 from typing import Any
 
+import torch
 from torch import nn
 
 from fusedres.flat.derived import Derived, disguise
-from fusedres.flat.region import Region, arguments, has_global_hooks, parameters
+from fusedres.flat.options import Options
+from fusedres.flat.region import Region, arguments, has_global_hooks, make_plans, parameters
 
 
 class FusedRegion(Derived):
@@ -37,20 +40,71 @@ def install(root: nn.Module, region: Region) -> None:
     region.bind(root)
 
 
+def install_all(model: nn.Module, refused: set[nn.Module], options: Options) -> None:
+    """Find the regions of ``model`` and install them."""
+    for plan in make_plans(model, refused, options):
+        if plan.is_rewritten:
+            with contextlib.suppress(TypeError):  # a class with a memory layout of its own keeps its forward
+                install(plan.module, Region(options, plan.refused, plan.codes))
+
+
+def _call(self: Any, names: list[tuple[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the code of a region makes of a call, in a tuple; ``None`` where the original forward is to run."""
+    region = self._fusedres_region
+    given = None if region is None or has_global_hooks() else arguments(names, args, kwargs)
+    bound = None if given is None else region.find(self, given[0])
+    if given is None or bound is None:
+        return None
+    if region.pending and not torch.compiler.is_compiling():
+        for path in region.pending:  # watched since: they may hold regions of their own
+            refused = {self.get_submodule(name) for name in region.refused}
+            install_all(self.get_submodule(path), refused, region.options)
+        region.pending = []
+    return (bound.run(self, bound.modules, *given[1]),)
+
+
+def _forward(original: type[nn.Module]) -> Any:
+    """A forward with the parameters of the original one, for those who trace it."""
+    given = list(inspect.signature(original.forward).parameters.values())[1:]
+    names = parameters(original.forward)
+    defaults = {f"_fusedres_{p.name}": p.default for p in given if p.default is not p.empty}
+    declared, passed, options = ["self"], [], []
+    for parameter in given:
+        name = parameter.name
+        default = "" if parameter.default is parameter.empty else f"=_fusedres_{name}"
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            declared.append(f"*{name}")
+            passed.append(f"*{name}")
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            declared.append(f"**{name}")
+            options.append(f"**{name}")
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            if not any(part.startswith("*") for part in declared):
+                declared.append("*")
+            declared.append(name + default)
+            # What is not given is as it was when the forward was traced.
+            options.append(f"**({{}} if {name} is {default[1:]} else {{{name!r}: {name}}})" if default else "")
+        else:
+            declared.append(name + default)
+            passed.append(name)
+    arguments = "".join(f"{name}, " for name in passed)
+    options_given = ", ".join(filter(None, options))
+    source = (
+        f"def forward({', '.join(declared)}):\n"
+        f"    found = _fusedres_call(self, _fusedres_names, ({arguments}), dict({options_given}))\n"
+        f"    if found is not None:\n"
+        f"        return found[0]\n"
+        f"    return _fusedres_original.forward(self, {arguments}{options_given})\n"
+    )
+    scope = {"_fusedres_call": _call, "_fusedres_names": names, "_fusedres_original": original, **defaults}
+    exec(compile(source, f"<fusedres {original.__qualname__}>", "exec"), scope)
+    return scope["forward"]
+
+
 @functools.cache
 def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """One class for all regions whose roots were of one class."""
-    names = parameters(original.forward)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        region = self._fusedres_region
-        given = None if region is None or has_global_hooks() else arguments(names, args, kwargs)
-        if given is not None:
-            bound = region.find(self, given[0])
-            if bound is not None:
-                return bound.run(self, bound.modules, *given[1])
-        return original.forward(self, *args, **kwargs)
-
+    forward = _forward(original)
     forward.__module__, forward.__qualname__ = original.__module__, f"{original.__qualname__}.forward"
     forward.__doc__ = original.forward.__doc__
     forward.__signature__ = inspect.signature(original.forward)  # pyright: ignore[reportFunctionMemberAccess]

@@ -82,14 +82,16 @@ def root_refusal(module: nn.Module) -> str | None:
 
 def leaf_reason(module: nn.Module) -> str | None:
     """Why a graph calls ``module`` and does not go into it; ``""`` where it is PyTorch's or ours."""
-    reason = sealed(module)
+    reason = sealed(module) or ("it has hooks" if is_hooked(module) else None)
+    if reason is None and "forward" in vars(module):
+        reason = "its forward was replaced on the instance"
     if reason is not None:
         return reason
     if isinstance(module, (_BatchNorm, nn.LayerNorm, BatchNormActMaxPool2d)) or type(module) in OWN_BLOCKS:
         return ""
     if not _is_users(module) and not isinstance(module, fx.GraphModule):
         return ""
-    return root_refusal(module) or ("it has hooks" if is_hooked(module) else None)
+    return root_refusal(module)
 
 
 def _is_users(module: nn.Module) -> bool:

@@ -52,12 +52,13 @@ class Region:
     codes: list[Code] = field(default_factory=list)
     bounds: list[Bound] = field(default_factory=list)
     traces: int = 0
+    pending: list[str] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "bounds": []}
 
     def __deepcopy__(self, memo: Any) -> Region:
-        return replace(self, codes=list(self.codes), bounds=[])
+        return replace(self, codes=list(self.codes), bounds=[], pending=[])
 
     def bind(self, root: nn.Module) -> None:
         """For ``root`` as it is."""
@@ -90,6 +91,7 @@ class Region:
             except UntraceableError:
                 return None
             self.codes = [*self.codes, code]
+            self.pending = [path for path, _ in code.leaves]
             bound = code.bind(root)
             if bound is None or not bound.fits(root):
                 return None
@@ -125,16 +127,9 @@ def make_plans(model: nn.Module, refused: set[nn.Module], options: Options) -> l
             plans.append(plan)
             plan.reason = "filter_fn" if module in refused else (root_refusal(module) or "")
             if not plan.reason and _trace_region(plan, refused, options):
-                reached = {path for code in plan.codes for path in _reached(code)}
-                for path, part in module.named_modules():
-                    parent = path.rpartition(".")[0]
-                    opaque = any(path == leaf for code in plan.codes for leaf, _ in code.leaves)
-                    if opaque or (path not in reached and parent in reached):
-                        visit(part, f"{name}.{path}" if name else path)
-                    elif path in reached and isinstance(part, nn.Module) and part in seen:
-                        continue
-                    elif path in reached and _holds(part):
-                        visit_children(part, f"{name}.{path}" if name else path)
+                reached = {module.get_submodule(path) for code in plan.codes for path in _reached(code)}
+                leaves = {module.get_submodule(path) for code in plan.codes for path, _ in code.leaves}
+                visit_rest(module, name, reached - leaves)
                 return
         if sealed(module) is None:
             visit_children(module, name)
@@ -143,13 +138,17 @@ def make_plans(model: nn.Module, refused: set[nn.Module], options: Options) -> l
         for child, part in module.named_children():
             visit(part, f"{name}.{child}" if name else child)
 
+    def visit_rest(module: nn.Module, name: str, reached: set[nn.Module]) -> None:
+        """What the graph of a region does not show: inside of its leaves, and what it does not call."""
+        for child, part in module.named_children():
+            path = f"{name}.{child}" if name else child
+            if part in reached or not has_forward(part):
+                visit_rest(part, path, reached)
+            else:
+                visit(part, path)
+
     visit(model, "")
     return plans
-
-
-def _holds(module: nn.Module) -> bool:
-    """Whether a leaf of PyTorch's has modules of users in it, as wrappers do."""
-    return bool(module._modules) and leaf_reason(module) == "" and not isinstance(module, nn.Sequential)
 
 
 def _reached(code: Code) -> Iterator[str]:

@@ -61,7 +61,7 @@ class Trace:
         graph: its call_module nodes are the leaves; ``node.meta["owner"]`` is the path of the module that made a node.
         inlined: the modules whose forwards are in it, by path.
         training: whether they were, for those that were asked; and others whose ``training`` was read.
-        reasons: why a module that is no leaf of PyTorch's is one here.
+        reasons: why a module that is no leaf of PyTorch's is one here, or nothing may be assumed of one that is.
     """
 
     graph: fx.Graph
@@ -101,7 +101,7 @@ def trace(
                     other.run()
                 if str(other.graph) != str(tracer.graph):
                     raise UntraceableError("forward formats values in a way that cannot be followed")
-            return Trace(tracer.graph, tracer.inlined, tracer.training, reasons)
+            return Trace(tracer.graph, tracer.inlined, tracer.training, reasons | tracer.watched)
         if root in failed:
             raise UntraceableError(failed[root])
         reasons |= failed
@@ -244,6 +244,7 @@ class _Tracer(fx.Tracer):
         self.inlined: dict[str, nn.Module] = {"": root}
         self.training: dict[str, bool] = {}
         self.running: list[nn.Module] = [root]
+        self.watched: dict[nn.Module, str] = {}
         self.padding, self.shown = padding, False
         self.buffers = {id(buffer) for buffer in root.buffers()}
         self.context = _context()
@@ -369,7 +370,9 @@ class _Tracer(fx.Tracer):
                 self.failed[m] = _first_line(error)
             finally:
                 self.running.pop()
-        elif reason and asks:
+        elif reason:
+            self.watched[m] = reason
+        if reason and asks:
             raise UntraceableError("forward asks whether a value is None, and calls a module that may return it")
         return self.create_proxy("call_module", path, args, kwargs)
 

@@ -8,17 +8,16 @@ lowered to functions of tensors afterwards. These look at shapes and dtypes when
 from __future__ import annotations
 
 import collections
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fusedres.flat.chains import with_ends
-from fusedres.flat.forks import fork
-from fusedres.flat.joins import join
+from fusedres.flat.matching import match
 from fusedres.flat.options import Options
-from fusedres.flat.patterns import rewrite
 from fusedres.flat.rewriting import Call
 from fusedres.flat.runtime import batch_norm, is_plain
 from fusedres.flat.aliasing import Values
@@ -33,7 +32,43 @@ _PARAMETERS: dict[Any, dict[str, Any]] = {
     F.linear: {"input": None, "weight": None, "bias": None},
     F.layer_norm: {"input": None, "normalized_shape": None, "weight": None, "bias": None, "eps": 1e-5},
 }  # fmt: skip
+_log = logging.getLogger(__name__)
 State = tuple[Any, ...]  # what a function takes after its input
+
+
+def compile_fused(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Fold the patterns of :func:`fusedres.fuse` in a captured graph and hand it on, usually to Inductor.
+
+    For models that ``fuse`` need not change: the same patterns are found in the graph, whatever the forwards look
+    like. Found by torch.compile under the name ``"fusedres"``, by the entry point ``torch_dynamo_backends``.
+
+    Args:
+        graph_module, example_inputs: given by torch.compile.
+        mode: as of torch.compile, such as ``"reduce-overhead"``.
+        options: those of Inductor, and ``"stop"``: the backend to hand the graph to instead, such as ``"eager"`` or
+            ``"aot_eager"``, which takes neither mode nor options.
+
+    Raises:
+        RuntimeError: a mode or an option that Inductor does not know, or one of another type.
+        ValueError: ``stop`` together with a mode or other options.
+    """
+    calls = fuse_captured(graph_module)
+    _log.debug("%s", dict(collections.Counter(call.pattern for call in calls)))
+    config = dict(options or {})
+    stop = config.pop("stop", None)
+    if stop is not None:
+        if mode is not None or config:
+            raise ValueError(f"stop={stop!r} takes no mode and no other options, got mode={mode!r} and {config}")
+        return torch._dynamo.lookup_backend(stop)(graph_module, list(example_inputs))
+    # What torch.compile itself calls: it checks modes and options, and prepares for CUDA graphs.
+    inductor: Any = torch._TorchCompileInductorWrapper(mode, config, None)
+    return inductor(graph_module, list(example_inputs))
 
 
 def fuse_captured(graph_module: fx.GraphModule) -> list[Call]:
@@ -45,17 +80,14 @@ def fuse_captured(graph_module: fx.GraphModule) -> list[Call]:
     graph = graph_module.graph
     boundaries = _separate(graph)
     lifted = _Lifted(graph_module)
-    options = Options()
-    folded = rewrite(graph_module, graph, lambda module: None, options)
-    joined = join(graph_module, graph, folded, {}, lambda module: True, options)
-    ends = fork(graph_module, joined, {}, lambda module: True, options).forward.chain.forks.links
+    calls = match(graph_module, graph, lambda module: None, Options())
     lifted.lower()
     for node in boundaries:
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
     graph.lint()
     graph_module.recompile()
-    return with_ends(folded.calls, dict(ends))
+    return calls
 
 
 def boundary(value: Any) -> Any:

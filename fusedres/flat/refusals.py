@@ -90,7 +90,8 @@ def leaf_reason(module: nn.Module) -> str | None:
     if isinstance(module, (_BatchNorm, nn.LayerNorm, BatchNormActMaxPool2d)) or type(module) in OWN_BLOCKS:
         return ""
     if not _is_users(module) and not isinstance(module, fx.GraphModule):
-        return ""
+        wraps = bool(module._modules) and not type(module).__module__.startswith("torch.nn.modules.")
+        return f"{type(module).__name__} is a wrapper of PyTorch's" if wraps else ""
     return root_refusal(module)
 
 

@@ -111,12 +111,15 @@ class Plan:
     is_rewritten: bool = False
 
 
-def make_plans(model: nn.Module, refused: set[nn.Module], options: Options) -> list[Plan]:
-    """The regions of ``model``, outermost first, and the modules around them and between that are none."""
+def make_plans(model: nn.Module, refused: set[nn.Module], options: Options, dry: bool = False) -> list[Plan]:
+    """The regions of ``model``, outermost first, and the modules around them and between that are none.
+
+    A region that is fused already keeps its own options and refusals. ``dry`` is whether BatchNorms are still PyTorch's.
+    """
     plans: list[Plan] = []
     seen: set[nn.Module] = set()
 
-    def visit(module: nn.Module, name: str) -> None:
+    def visit(module: nn.Module, name: str, options: Options) -> None:
         if module in seen or not _has_layers(module):
             return
         seen.add(module)
@@ -126,28 +129,29 @@ def make_plans(model: nn.Module, refused: set[nn.Module], options: Options) -> l
         if has_forward(module):
             plans.append(plan)
             plan.reason = "filter_fn" if module in refused else (root_refusal(module) or "")
-            if not plan.reason and _trace_region(plan, refused, options):
+            if not plan.reason and _trace_region(plan, refused, options, dry):
                 reached = {module.get_submodule(path) for code in plan.codes for path in _reached(code)}
                 leaves = {module.get_submodule(path) for code in plan.codes for path, _ in code.leaves}
-                visit_rest(module, name, reached - leaves)
+                region = vars(module).get("_fusedres_region")
+                visit_rest(module, name, reached - leaves, options if region is None else region.options)
                 return
         if sealed(module) is None:
-            visit_children(module, name)
+            visit_children(module, name, options)
 
-    def visit_children(module: nn.Module, name: str) -> None:
+    def visit_children(module: nn.Module, name: str, options: Options) -> None:
         for child, part in module.named_children():
-            visit(part, f"{name}.{child}" if name else child)
+            visit(part, f"{name}.{child}" if name else child, options)
 
-    def visit_rest(module: nn.Module, name: str, reached: set[nn.Module]) -> None:
+    def visit_rest(module: nn.Module, name: str, reached: set[nn.Module], options: Options) -> None:
         """What the graph of a region does not show: inside of its leaves, and what it does not call."""
         for child, part in module.named_children():
             path = f"{name}.{child}" if name else child
             if part in reached or not has_forward(part):
-                visit_rest(part, path, reached)
+                visit_rest(part, path, reached, options)
             else:
-                visit(part, path)
+                visit(part, path, options)
 
-    visit(model, "")
+    visit(model, "", options)
     return plans
 
 
@@ -156,17 +160,20 @@ def _reached(code: Code) -> Iterator[str]:
     yield from (path for path, _ in code.modules)
 
 
-def _trace_region(plan: Plan, refused: set[nn.Module], options: Options) -> bool:
+def _trace_region(plan: Plan, refused: set[nn.Module], options: Options, dry: bool) -> bool:
     """Whether ``plan`` is of a region; its codes, or the reason why not, are then in it."""
     module = plan.module
     key = default_key(module)
     names = frozenset(path for path, part in module.named_modules() if part in refused)
+    region = vars(module).get("_fusedres_region")
+    if region is not None:
+        names, options = region.refused, region.options
     plan.refused = names
     try:
-        code = make_code(module, key, names, options, True)
+        code = make_code(module, key, names, options, True, dry)
         plan.codes = [code]
         if code.training:
-            plan.codes.append(make_code(module, key, names, options, False))
+            plan.codes.append(make_code(module, key, names, options, False, dry))
     except UntraceableError as error:
         plan.reason, plan.codes = str(error), []
         return False
@@ -180,7 +187,12 @@ def is_fused(call: Call) -> bool:
 
 
 def make_code(
-    root: nn.Module, key: Key, refused_paths: frozenset[str], options: Options, training: bool | None
+    root: nn.Module,
+    key: Key,
+    refused_paths: frozenset[str],
+    options: Options,
+    training: bool | None = None,
+    dry: bool = False,
 ) -> Code:
     """The rewritten forward of ``root`` for arguments of the form ``key``.
 
@@ -199,15 +211,12 @@ def make_code(
             return "filter_fn"
         reason = layer_refusal(layer)
         taken = type(layer) in OWN_NORMS or isinstance(layer, TakenNorm) or not isinstance(layer, _BatchNorm)
-        return reason if reason is not None or taken or _dry else "filter_fn, or added since"
+        return reason if reason is not None or taken or dry else "filter_fn, or added since"
 
     traced = trace(root, leaf, _constants(root, key), training)
     called = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
     calls = match(root, traced.graph, refusal, options)
     return generate(root, traced, calls, key, called)
-
-
-_dry = False  # whether this is to know what fuse would do: the BatchNorms are not ours yet
 
 
 def parameters(forward: Callable[..., Any]) -> list[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from fusedres import models
 from fusedres.flat.convert import fuse, unfuse
@@ -165,7 +166,7 @@ def test_one_compiled_graph(training):
     torch._dynamo.reset()
     model = fuse(network()).train(training)
     expected = copy.deepcopy(model)(x := images())
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
     compiled(x)

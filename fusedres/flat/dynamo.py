@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusedres.flat.aliasing import Values
 from fusedres.flat.matching import match
 from fusedres.flat.options import Options
 from fusedres.flat.rewriting import Call
 from fusedres.flat.runtime import batch_norm, is_plain
-from fusedres.flat.aliasing import Values
 from fusedres.nn import BatchNormAct2d
 
 _STAND_INS = {F.batch_norm: BatchNormAct2d, F.linear: nn.Linear, F.layer_norm: nn.LayerNorm}

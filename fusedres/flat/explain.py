@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.functional import layer_norm_refusal, path_for, pool_refusal, refusal, slower_than_eager, standing
 from fusedres.flat.entries import Entry, find_entries, unfused
 from fusedres.flat.foreign import TakenNorm
 from fusedres.flat.refusals import sealed, swap_refusal
 from fusedres.flat.rewriting import Call
 from fusedres.flat.savings import bytes_saved, window
 from fusedres.flat.shapes import Input, Sizes, measure
+from fusedres.functional import layer_norm_refusal, path_for, pool_refusal, refusal, slower_than_eager, standing
 from fusedres.nn import BatchNormAct2d
 
 COLUMNS = ("module", "pattern", "path", "reason")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.flat.derived import Derived, disguise
+from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.nn import batch_norm_state
 
 torch.fx.wrap("batch_norm_act")  # one call in a symbolic trace, as in BatchNormAct2d

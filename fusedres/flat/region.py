@@ -33,7 +33,7 @@ from fusedres.flat.refusals import (
 )
 from fusedres.flat.rewriting import Call
 from fusedres.flat.state import one_at_a_time
-from fusedres.flat.tracing import Trace, UntraceableError, trace
+from fusedres.flat.tracing import UntraceableError, trace
 from fusedres.nn import OWN_NORMS
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from fusedres.flat.foreign import foreign_act, foreign_add_norm, foreign_norm, is_foreign, is_timms
 from fusedres.functional import (
     BatchNormState,
     add_batch_norm_act,
@@ -26,7 +27,6 @@ from fusedres.functional import (
     layer_norm_linear_act,
     linear_layer_norm_act,
 )
-from fusedres.flat.foreign import foreign_act, foreign_add_norm, foreign_norm, is_foreign, is_timms
 from fusedres.nn import OWN_NORMS, BatchNormAct2d, batch_norm_state
 
 # A layer is a module, whose tensors are read at each call, or what its function takes after the input.

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.nn.modules.utils import _pair
 
-from fusedres.functional import KERNEL_DTYPES, layer_norm_refusal, multiplies_itself, pool_refusal
 from fusedres.flat.rewriting import Call
 from fusedres.flat.shapes import Seen
+from fusedres.functional import KERNEL_DTYPES, layer_norm_refusal, multiplies_itself, pool_refusal
 
 # pattern -> eager's passes and ours, forward and backward of a training step together
 _TRAINING = {

@@ -1,7 +1,4 @@
-"""What is fused in every network of the zoo: at least the patterns that were found before, with few exceptions none less.
-
-``python -m tests.fusion.test_snapshot`` prints what is found now, in the form of the expectation.
-"""
+"""What is fused in every network of the zoo: no less than was found before."""
 
 from __future__ import annotations
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.flat.aliasing import Values
-from fusedres.flat.gradient_forks import EndRewriter
-from fusedres.flat.linear_patterns import LinearRewriter
-from fusedres.flat.options import Options
-from fusedres.flat.patterns import BatchNormRewriter
-from fusedres.flat.preact_sums import SumRewriter
-from fusedres.flat.rewriting import Call
+from fusedres.fusion.aliasing import Values
+from fusedres.fusion.gradient_forks import EndRewriter
+from fusedres.fusion.linear_patterns import LinearRewriter
+from fusedres.fusion.options import Options
+from fusedres.fusion.patterns import BatchNormRewriter
+from fusedres.fusion.preact_sums import SumRewriter
+from fusedres.fusion.rewriting import Call
 
 
 def match(

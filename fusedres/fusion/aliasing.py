@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fusedres.flat.foreign import is_foreign
-from fusedres.flat.runtime import (
+from fusedres.fusion.foreign import is_foreign
+from fusedres.fusion.runtime import (
     is_hooked,
     linear_norm,
     linear_norm_add,

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.flat.aliasing import is_standard
-from fusedres.flat.foreign import is_timms
-from fusedres.flat.rewriting import Call, Rewriter
-from fusedres.flat.runtime import (
+from fusedres.fusion.aliasing import is_standard
+from fusedres.fusion.foreign import is_timms
+from fusedres.fusion.rewriting import Call, Rewriter
+from fusedres.fusion.runtime import (
     FORK,
     OWN_ACT,
     POOL,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusedres.flat.derived import Derived, disguise
-from fusedres.flat.options import Options
-from fusedres.flat.region import Region, arguments, has_global_hooks, make_plans, parameters
+from fusedres.fusion.derived import Derived, disguise
+from fusedres.fusion.options import Options
+from fusedres.fusion.region import Region, arguments, has_global_hooks, make_plans, parameters
 
 
 class FusedRegion(Derived):

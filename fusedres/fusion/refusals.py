@@ -9,11 +9,11 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.flat.derived import Derived, original_class
-from fusedres.flat.foreign import is_timms
-from fusedres.flat.rewriting import Call
-from fusedres.flat.runtime import is_hooked, is_plain
-from fusedres.flat.tracing import has_own_call, is_torchs
+from fusedres.fusion.derived import Derived, original_class
+from fusedres.fusion.foreign import is_timms
+from fusedres.fusion.rewriting import Call
+from fusedres.fusion.runtime import is_hooked, is_plain
+from fusedres.fusion.tracing import has_own_call, is_torchs
 from fusedres.nn import OWN_NORMS, BatchNormActMaxPool2d, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
 Filter = Callable[[nn.Module, str], bool]

@@ -13,10 +13,10 @@ from dataclasses import replace
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.flat.aliasing import addition
-from fusedres.flat.foreign import is_foreign, is_timms
-from fusedres.flat.rewriting import IN_PLACE, Call, Rewriter
-from fusedres.flat.runtime import add_norm
+from fusedres.fusion.aliasing import addition
+from fusedres.fusion.foreign import is_foreign, is_timms
+from fusedres.fusion.rewriting import IN_PLACE, Call, Rewriter
+from fusedres.fusion.runtime import add_norm
 
 
 class SumRewriter(Rewriter):

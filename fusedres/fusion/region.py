@@ -18,11 +18,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from fusedres.flat.code import Bound, Code, generate
-from fusedres.flat.foreign import TakenNorm, is_timms
-from fusedres.flat.matching import match
-from fusedres.flat.options import Options
-from fusedres.flat.refusals import (
+from fusedres.fusion.code import Bound, Code, generate
+from fusedres.fusion.foreign import TakenNorm, is_timms
+from fusedres.fusion.matching import match
+from fusedres.fusion.options import Options
+from fusedres.fusion.refusals import (
     OWN_BLOCKS,
     has_forward,
     kind_of,
@@ -31,9 +31,9 @@ from fusedres.flat.refusals import (
     root_refusal,
     sealed,
 )
-from fusedres.flat.rewriting import Call
-from fusedres.flat.state import one_at_a_time
-from fusedres.flat.tracing import Trace, UntraceableError, trace
+from fusedres.fusion.rewriting import Call
+from fusedres.fusion.state import one_at_a_time
+from fusedres.fusion.tracing import Trace, UntraceableError, trace
 from fusedres.nn import OWN_NORMS
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)

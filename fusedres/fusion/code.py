@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fusedres.flat.refusals import is_watched, kind_of
-from fusedres.flat.rewriting import Call
-from fusedres.flat.tracing import Trace
+from fusedres.fusion.refusals import is_watched, kind_of
+from fusedres.fusion.rewriting import Call
+from fusedres.fusion.tracing import Trace
 
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _serial = itertools.count()
@@ -39,7 +39,7 @@ class Code:
     """A rewritten forward in a form that pickles: what it calls goes by paths and by name.
 
     Attributes:
-        key: the arguments that it takes, see :func:`fusedres.flat.region.arguments`.
+        key: the arguments that it takes, see :func:`fusedres.fusion.region.arguments`.
         source: defines ``run(self, M, ...)``, where ``M`` are the modules that it uses.
         names: what the names in it stand for; Python modules by name.
         modules: the paths of ``M``, and all others that it called before it was rewritten, with their classes.

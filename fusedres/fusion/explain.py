@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.functional import layer_norm_refusal, path_for, pool_refusal, refusal, slower_than_eager, standing
-from fusedres.flat.entries import Entry, find_entries, unfused
-from fusedres.flat.foreign import TakenNorm
-from fusedres.flat.refusals import sealed, swap_refusal
-from fusedres.flat.rewriting import Call
-from fusedres.flat.savings import bytes_saved, window
-from fusedres.flat.shapes import Input, Sizes, measure
+from fusedres.fusion.entries import Entry, find_entries, unfused
+from fusedres.fusion.foreign import TakenNorm
+from fusedres.fusion.refusals import sealed, swap_refusal
+from fusedres.fusion.rewriting import Call
+from fusedres.fusion.savings import bytes_saved, window
+from fusedres.fusion.shapes import Input, Sizes, measure
 from fusedres.nn import BatchNormAct2d
 
 COLUMNS = ("module", "pattern", "path", "reason")
@@ -93,7 +93,7 @@ def explain(model: nn.Module, input: Input | None = None) -> Explanation:
 
         (eager's passes - ours) * elements of the input * bytes an element,   less the bits of the ReLU's mask
 
-    with the passes of the table in :mod:`fusedres.flat.savings`; an ``add_bn`` is taken to have a sum that is read
+    with the passes of the table in :mod:`fusedres.fusion.savings`; an ``add_bn`` is taken to have a sum that is read
     elsewhere too. A BatchNorm in evaluation mode counts as inference. For LayerNorm and Linear the passes are over
     their input and output, beside the products, which are the same on both sides. A prediction for devices and dtypes
     that kernels cover: 0 for other dtypes and for what is left alone, whatever ``path`` is. Sizes and dtypes are found

@@ -1,1 +1,0 @@
-"""Conversion on one flat graph: the engine that is to replace :mod:`fusedres.fusion`."""

@@ -85,7 +85,7 @@ def check_batch_norm(
 
 
 def is_usual(input: Tensor, norm: BatchNormState, residual: Tensor | None, act: str | None) -> bool:
-    """Whether a call on a CPU is right because it is one of the most common kind, as found in about a microsecond."""
+    """Whether a call on a CPU is right because it is one of the most common kind, told in as few looks as it takes."""
     mean, var, weight, bias, training, momentum, _, count = norm
     dtype = input.dtype
     if act not in ACTIVATIONS or not dtype.is_floating_point or mean is None or var is None or momentum is None:

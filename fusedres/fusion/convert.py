@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection
 from typing import TypeVar
 
 from torch import nn
 
-from fusedres.fusion.blocks import FusedBlock, install
 from fusedres.fusion.derived import original_class
 from fusedres.fusion.foreign import TakenNorm, is_timms, take
+from fusedres.fusion.install import install_all
 from fusedres.fusion.options import make_options
-from fusedres.fusion.plan import Filter, make_plans, swap_refusal, walk
+from fusedres.fusion.refusals import Filter, swap_refusal, walk
 from fusedres.nn import OWN_NORMS, SyncBatchNormAct, as_batch_norm_act
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -65,18 +64,14 @@ def fuse(
     Raises:
         ValueError: an unknown name in ``disable``, or an unknown ``save``.
     """
-    plans = make_plans(model, filter_fn, make_options(disable, save))
-    norms = [(name, norm) for name, norm in walk(model) if _may_be_taken(norm)]
-    for name, norm in norms:
-        if swap_refusal(norm) is None and (filter_fn is None or filter_fn(norm, name)):
+    options = make_options(disable, save)
+    for module in model.modules():
+        _restore(module)
+    refused = set() if filter_fn is None else {part for name, part in walk(model) if not filter_fn(part, name)}
+    for _, norm in list(walk(model)):
+        if _may_be_taken(norm) and swap_refusal(norm) is None and norm not in refused:
             _take(norm)
-    for plan in plans:
-        if plan.reason:
-            continue
-        _restore(plan.block)
-        if plan.code is not None:
-            with contextlib.suppress(TypeError):  # a class with a memory layout of its own keeps its forward
-                install(plan.block, plan.code)
+    install_all(model, refused, options)
     return model
 
 
@@ -122,6 +117,4 @@ def _restore(block: nn.Module) -> None:
     original = original_class(block)
     if original is not None:
         block.__class__ = original
-        vars(block).pop("_fusedres_stale", None)
-    elif isinstance(block, FusedBlock):
-        vars(block)["_fusedres_stale"] = True  # wrapped in a class of another library's
+    vars(block).pop("_fusedres_region", None)

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.fusion.blocks import FusedBlock, is_intact
-from fusedres.fusion.chains import Chain, calls_by_end, norms_that_add, with_ends
 from fusedres.fusion.convert import is_taken
 from fusedres.fusion.foreign import foreign_pattern, is_timms
+from fusedres.fusion.install import FusedRegion
 from fusedres.fusion.options import FUSIONS, Options
-from fusedres.fusion.pairs import is_native
-from fusedres.fusion.plan import OWN_BLOCKS, Plan, make_plans, own_layers, sealed, walk
-from fusedres.fusion.reads import mentions
+from fusedres.fusion.refusals import OWN_BLOCKS, original_classes, sealed, walk
+from fusedres.fusion.region import Plan, make_plans
 from fusedres.fusion.rewriting import Call
 from fusedres.nn import BatchNormAct2d, SyncBatchNormAct
 
@@ -27,8 +25,7 @@ from fusedres.nn import BatchNormAct2d, SyncBatchNormAct
 class Entry:
     """What a row is about: a call in ``block`` of ``module``, the ``place``-th of ``count`` there.
 
-    ``partner`` is the other BatchNorm of a join, ``fused`` whether the model is; ``left_alone`` is why nothing below a
-    compiled or scripted module is touched.
+    ``fused`` is whether the model is; ``left_alone`` is why nothing below a compiled or scripted module is touched.
     """
 
     name: str
@@ -37,22 +34,24 @@ class Entry:
     block: nn.Module
     place: int = 0
     count: int = 1
-    partner: nn.Module | None = None
     fused: bool = False
     left_alone: str | None = None
 
 
 def find_entries(model: nn.Module) -> Iterator[Entry]:
-    """All of ``model``, in the order of its blocks; what is in compiled, scripted or generated ones comes last."""
-    fused = any(isinstance(module, FusedBlock) or is_taken(module) for _, module in walk(model))
+    """All of ``model``, in the order of its regions; what is in compiled, scripted or generated ones comes last."""
+    fused = any(isinstance(module, FusedRegion) or is_taken(module) for _, module in walk(model))
     names = {module: name for name, module in walk(model)}
-    # What a fused block does is in its code; one that fuse left alone calls layers. LayerNorms are found with a Linear
-    # beside them.
+    # What fuse left alone calls layers.
     options = Options(FUSIONS - {"linear"}) if fused else Options()
-    plans = [plan for plan in make_plans(model, options=options) if sealed(plan.block) is None]
-    found = [*_calls(plans, names, fused)]
-    seen = {module for entry in found for module in (entry.module, entry.partner) if module is not None}
-    found += _calls_not_found(plans, names, seen)
+    with original_classes(model):
+        plans = [p for p in make_plans(model, set(), options, not fused) if sealed(p.module) is None]
+        roots = [module for module in names if "_fusedres_region" in vars(module)]
+        kept = {part for root in roots for part in root.modules()}
+        found = [entry for plan in plans for entry in _calls(plan, names, fused, plan.module in kept)]
+        seen = {entry.module for entry in found}
+        seen |= {p.module.get_submodule(c.partner) for p in plans for code in p.codes for c in code.calls if c.partner}
+        found += _calls_not_found(plans, names, seen)
     for entry in found:
         yield replace(entry, fused=fused)
     for module, name in names.items():
@@ -71,46 +70,81 @@ def unfused(call: Call) -> str:
     return "ln" if "ln" in call.pattern.split("_") else "bn"
 
 
-def _calls(plans: list[Plan], names: dict[nn.Module, str], fused: bool) -> Iterator[Entry]:
-    chains = _current_chains(plans, fused)
-    adding, ends = norms_that_add(chains), calls_by_end(chains)
-    inlined = {plan.block.get_submodule(path) for plan in plans for path, _ in _current_sequences(plan, fused)}
-    for plan in plans:
-        if plan.block in inlined:  # its calls are its parent's
-            continue
-        children = dict(plan.block.named_modules(remove_duplicate=False))
-        current = [now for call in _current_calls(plan, fused) for now in _as_called(plan.block, call)]
-        calls = with_ends(current, {maker: end for (block, maker), end in ends.items() if block is plan.block})
-        paths = [call.module for call in calls if call.pattern != "print"]
-        places = {path: iter(range(paths.count(path))) for path in paths}
-        for call in calls:
-            module = children[call.module]
-            if module in adding and call.pattern in ("bn", "bn_act"):
-                adding.remove(module)  # by the first of its calls
-                call = replace(call, pattern=f"add_{call.pattern}")
-            place = 0 if call.pattern == "print" else next(places[call.module])
-            partner = children[call.partner] if call.partner else None
-            if partner is not None:
-                call = replace(call, reason=f"with {names.get(partner, call.partner)}")
-            owner = children.get(call.module.rpartition(".")[0]) if call.module else None
-            block = owner if owner in inlined else plan.block  # who calls it in the original forward
-            yield Entry(names.get(module, call.module), call, module, block, place, paths.count(call.module), partner)
+def _calls(plan: Plan, names: dict[nn.Module, str], fused: bool, inside: bool) -> Iterator[Entry]:
+    root = plan.module
+    if type(root) in OWN_BLOCKS:
+        call = replace(OWN_BLOCKS[type(root)], acts=getattr(root, "act", None) is not None)
+        norm = root.get_submodule(call.module)
+        yield Entry(names.get(norm, call.module), call, norm, root)
+        return
+    left = fused and not inside
+    made = [_now(root, call, left) for code in plan.codes[:1] for call in code.calls]
+    other = [_now(root, call, left) for code in plan.codes[1:] for call in code.calls]
+    calls = [now for call in _merged(made, other if len(plan.codes) > 1 else made) for now in _as_called(root, call)]
+    paths = [call.module for call in calls]
+    places = {path: iter(range(paths.count(path))) for path in paths}
+    for call in calls:
+        module = root.get_submodule(call.module)
+        if call.partner:
+            partner = root.get_submodule(call.partner)
+            call = replace(call, reason=f"with {names.get(partner, call.partner)}")
+        yield Entry(
+            names.get(module, call.module), call, module, root, next(places[call.module]), paths.count(call.module)
+        )
+
+
+def _now(root: nn.Module, call: Call, left: bool) -> Call:
+    """``call`` as it is made where the region around it was ``left`` alone."""
+    norm = root.get_submodule(call.module)
+    own = is_timms(norm) or (isinstance(norm, BatchNormAct2d) and not is_taken(norm))
+    if not left or own or call.pattern in ("bn", "ln"):
+        return call
+    return Call(call.module, unfused(call), "its block was left alone")
+
+
+def _merged(training: list[Call], evaluation: list[Call]) -> list[Call]:
+    """The calls of both modes; where they differ, the reason says which mode a row is for."""
+    if training == evaluation:
+        return training
+    return [
+        replace(call, reason=": ".join(filter(None, (f"in {mode} only", call.reason)))) if call not in other else call
+        for mode, calls, other in (("training", training, evaluation), ("evaluation", evaluation, training))
+        for call in calls
+        if mode == "training" or call not in other
+    ]
+
+
+def _as_called(root: nn.Module, call: Call) -> list[Call]:
+    """``call`` as the runtime makes it: ranks share the statistics of a layer alone."""
+    parts = (root.get_submodule(call.module), root.get_submodule(call.partner or call.module))
+    if not any(isinstance(norm, SyncBatchNormAct) for norm in parts):
+        return [call]
+    if call.partner:
+        return [Call(call.module, call.pattern.replace("_bn", "", 1)), Call(call.partner, "bn")]
+    pattern = call.pattern.removesuffix("_maxpool")
+    return [replace(call, pattern=pattern, recomputes=False, reason="" if call.recomputes else call.reason)]
 
 
 def _calls_not_found(plans: list[Plan], names: dict[nn.Module, str], found: set[nn.Module]) -> Iterator[Entry]:
     """Of normalisations that no graph shows, because a forward around them is left alone."""
     reasons = {plan.name: plan.reason for plan in plans}
+    regions = [plan for plan in plans if not plan.reason]
     for norm, name in names.items():
-        if isinstance(norm, _BatchNorm) and norm not in found:
-            reason = _owner_reason(name, reasons)
-            if reason is not None:
-                pattern, why = foreign_pattern(norm) if is_timms(norm) else ("bn", "")
-                yield Entry(name, Call(name, pattern, "; ".join(filter(None, (reason, why)))), norm, norm)
-    for plan in plans:
-        for module in _layer_norms_left_alone(plan):
-            if module in names and module not in found:
-                call = Call("", "ln", f"{plan.name or 'the model'}: {plan.reason}")
-                yield Entry(names[module], call, module, module)
+        if norm in found or not isinstance(norm, (_BatchNorm, nn.LayerNorm)):
+            continue
+        owners = ["", *(name[:end] for end, letter in enumerate(name) if letter == ".")]
+        reason = next((f"{o or 'the model'}: {reasons[o]}" for o in reversed(owners) if reasons.get(o)), None)
+        inside = max((len(plan.name) for plan in regions if name.startswith(plan.name)), default=-1)
+        left = max((len(o) for o in owners if reasons.get(o)), default=-1)
+        if reason is None and not any(o in reasons for o in owners if o != name):
+            reason = "no forward around it"
+        if reason is None or inside > left:
+            continue
+        if isinstance(norm, _BatchNorm):
+            pattern, why = foreign_pattern(norm) if is_timms(norm) else ("bn", "")
+            yield Entry(name, Call(name, pattern, "; ".join(filter(None, (reason, why)))), norm, norm)
+        elif any(isinstance(part, nn.Linear) for o, p in names.items() if p == owners[-1] for part in o.modules()):
+            yield Entry(name, Call("", "ln", reason), norm, norm)
 
 
 def _sealed_entries(name: str, module: nn.Module) -> Iterator[Entry]:
@@ -133,7 +167,7 @@ def _sealed_entries(name: str, module: nn.Module) -> Iterator[Entry]:
         own = isinstance(entry.module, BatchNormAct2d) or type(entry.block) in OWN_BLOCKS
         if entry.fused or entry.left_alone or own:
             yield replace(entry, name=path)
-        elif entry.call.pattern != "print":
+        else:
             call = Call(entry.call.module, unfused(entry.call))
             yield replace(entry, name=path, call=call, left_alone=reason)
 
@@ -147,81 +181,3 @@ def _opened(module: nn.Module) -> Iterator[None]:
     finally:
         if compiled is not None:
             vars(module)["_compiled_call_impl"] = compiled
-
-
-def _current_calls(plan: Plan, fused: bool) -> tuple[Call, ...]:
-    """The calls as the block makes them now, or, where nothing is fused yet, as it would."""
-    block = plan.block
-    if not fused:
-        return plan.calls
-    if isinstance(block, FusedBlock) and is_intact(block):
-        return block._fusedres_code.calls
-    why = "a module or an attribute has changed since" if isinstance(block, FusedBlock) else "its block was left alone"
-    return tuple(
-        call if call.pattern in ("bn", "ln") or _is_own(plan, call) else Call(call.module, unfused(call), why)
-        for call in plan.calls
-        if call.pattern != "print"
-    )
-
-
-def _as_called(block: nn.Module, call: Call) -> list[Call]:
-    """``call`` as it is now: timm's norms look at their own parts each time, ranks share those of a layer alone."""
-    module = block.get_submodule(call.module)
-    if is_timms(module) and call.pattern in ("bn", "bn_act"):
-        pattern, reason = foreign_pattern(module)
-        return [call if pattern == call.pattern else replace(call, pattern=pattern, reason=reason)]
-    if not any(
-        isinstance(norm, SyncBatchNormAct) for norm in (module, block.get_submodule(call.partner or call.module))
-    ):
-        return [call]
-    if call.partner:
-        return [Call(call.module, call.pattern.replace("_bn", "", 1)), Call(call.partner, "bn")]
-    pattern = call.pattern.removesuffix("_maxpool")
-    return [replace(call, pattern=pattern, recomputes=False, reason="" if call.recomputes else call.reason)]
-
-
-def _current_chains(plans: list[Plan], fused: bool) -> dict[nn.Module, Chain]:
-    """How the blocks pass pairs on now, or as they would."""
-    chains: dict[nn.Module, Chain] = {}
-    for plan in plans:
-        block, chain = plan.block, plan.chain
-        if isinstance(block, FusedBlock):
-            chain = block._fusedres_code.chain if is_intact(block) else None
-        elif fused and not is_native(block):
-            chain = None
-        if chain is not None:
-            chains[block] = chain
-    return chains
-
-
-def _current_sequences(plan: Plan, fused: bool) -> tuple[tuple[str, int], ...]:
-    """The nn.Sequential whose children the block calls itself, or would."""
-    block = plan.block
-    if not fused:
-        return () if plan.code is None else plan.code.sequences
-    return block._fusedres_code.sequences if isinstance(block, FusedBlock) and is_intact(block) else ()
-
-
-def _is_own(plan: Plan, call: Call) -> bool:
-    if type(plan.block) in OWN_BLOCKS:
-        return True
-    module = plan.block.get_submodule(call.module)
-    return is_timms(module) or (isinstance(module, BatchNormAct2d) and not is_taken(module))
-
-
-def _layer_norms_left_alone(plan: Plan) -> Iterator[nn.Module]:
-    """LayerNorms beside a Linear in a block whose graph is not known; the block itself where it calls functions."""
-    layers, kind = list(own_layers(plan.block)), type(plan.block)
-    if plan.reason and (any(isinstance(layer, nn.Linear) for layer in layers) or mentions(kind, "linear")):
-        norms = [layer for layer in layers if isinstance(layer, nn.LayerNorm)]
-        yield from norms or [plan.block] * mentions(kind, "layer_norm")
-
-
-def _owner_reason(name: str, reasons: dict[str, str]) -> str | None:
-    """Why no graph shows a call of ``name``; ``None`` where graphs of all around it show that there is none."""
-    owners = ["", *(name[:end] for end, letter in enumerate(name) if letter == ".")]
-    owners = [owner for owner in owners if owner in reasons and owner != name]
-    for owner in reversed(owners):
-        if reasons[owner]:
-            return f"{owner or 'the model'}: {reasons[owner]}"
-    return None if owners else "no forward around it"

@@ -20,9 +20,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fusedres.fusion.rewriting import Call, Chain, Rewriter, Rewritten, describe
+from fusedres.fusion.rewriting import Call, Chain, Rewriter, describe
 from fusedres.fusion.runtime import is_plain, linear_norm, linear_norm_add, linear_shape, norm_linear
-from fusedres.fusion.values import is_standard
+from fusedres.fusion.aliasing import is_standard
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,16 @@ class _Pair:
     reason: str | None = None
 
 
-def rewrite_linears(
-    block: nn.Module, graph: fx.Graph, refusal: Callable[[nn.Module], str | None], result: Rewritten
-) -> None:
-    """Fold the patterns of ``graph`` in place; ``refusal`` says why a Linear or a LayerNorm must stay as it is."""
-    _LinearRewriter(block, graph, refusal, result).run()
+class LinearRewriter(Rewriter):
+    """Folds LayerNorm, Linear and what follows into one call."""
 
-
-class _LinearRewriter(Rewriter):
-    def run(self) -> None:
+    def run(self) -> list[Call]:
+        """A row for each LayerNorm that a Linear is near."""
         norms = [node for node in self.graph.nodes if self._layer_norm(node) is not None]
         for node in [node for node in self.graph.nodes if self._linear(node) is not None] + norms:
             self.name_in_place_results(node)
         calls = [self._rewrite_call(node) for node in reversed(norms)]
-        self.result.calls += [call for call in reversed(calls) if call is not None]
+        return [call for call in reversed(calls) if call is not None]
 
     def _rewrite_call(self, node: fx.Node) -> Call | None:
         norm = self._layer_norm(node)
@@ -75,7 +71,7 @@ class _LinearRewriter(Rewriter):
             return self._fold_linear_norm(before)
         reasons = [side.reason if isinstance(side, _Pair) else side for side in (behind, before)]
         reason = "; ".join(dict.fromkeys(filter(None, reasons)))
-        return Call(norm.path, "ln", reason) if reason else None
+        return Call(self._row(norm), "ln", reason) if reason else None
 
     def _layer_norm(self, node: fx.Node) -> _Layer | None:
         if node.op == "call_function" and node.target is F.layer_norm:
@@ -180,14 +176,12 @@ class _LinearRewriter(Rewriter):
         tail = self.chain(linear.node)
         act = self.act_behind(tail)
         result = [*tail.nodes, act] if act is not None else [linear.node]
-        self.drop_prints(norm.name, [*pair.chain.nodes, *result[:-1]])
         with self.graph.inserting_before(linear.node):
             arguments = (norm.input, self._operand(norm), self._operand(linear), "relu" if act else None)
             fused = self.graph.call_function(norm_linear, arguments)
-        self._note(norm, linear, act)
         self.replace(result, fused)
         self.replace(pair.chain.nodes, norm.input)
-        return Call(norm.path, "ln_linear_act", "" if act else self._no_act(tail), acts=act is not None)
+        return Call(self._row(norm), "ln_linear_act", "" if act else self._no_act(tail), acts=act is not None)
 
     def _fold_linear_norm(self, pair: _Pair) -> Call:
         linear, norm = pair.first, pair.second
@@ -196,11 +190,10 @@ class _LinearRewriter(Rewriter):
         tail = self.chain(act) if act is not None else chain
         add, obstacle = self._addition(linear, tail)
         if act is None and add is None and self._has_norm_in_front(linear):
-            return Call(norm.path, "ln", "the Linear in front of it is fused with the LayerNorm in front of that")
+            return Call(self._row(norm), "ln", "the Linear in front of it is fused with the LayerNorm in front of that")
         gone, result = pair.chain.nodes, [*chain.nodes, act] if act is not None else [norm.node]
         if add is not None:
             gone, result = [*gone, *chain.nodes, *(tail.nodes if act is not None else ())], [add]
-        self.drop_prints(norm.name, [*gone, *result[:-1]])
         with self.graph.inserting_before(add or norm.node):
             arguments = (linear.input, self._operand(linear), self._operand(norm), "relu" if act else None)
             if add is None:
@@ -208,12 +201,11 @@ class _LinearRewriter(Rewriter):
             else:
                 added = (self.residual(add, tail.last), self.changed_operand(add, tail.last))
                 fused = self.graph.call_function(linear_norm_add, (*arguments, *added))
-        self._note(norm, linear, act)
         self.replace(result, fused)
         self.replace(gone, self._shape(linear, gone))
         notes = ("" if act else "no ReLU" if add else self._no_act(chain), "with the addition" if add else obstacle)
         reason = ", ".join(filter(None, notes))
-        return Call(norm.path, "linear_ln_act", reason, acts=act is not None, adds=add is not None)
+        return Call(self._row(norm), "linear_ln_act", reason, acts=act is not None, adds=add is not None)
 
     def _addition(self, linear: _Layer, tail: Chain) -> tuple[fx.Node | None, str]:
         """The addition behind ``tail`` that can be folded; else why not, if there is one."""
@@ -249,14 +241,13 @@ class _LinearRewriter(Rewriter):
         module = self.values.module(node)
         return describe(node) if module is None else f"{describe(node)} ({type(module).__name__})"
 
+    def _row(self, norm: _Layer) -> str:
+        """The path of ``norm``, or of the module that calls the function."""
+        return norm.path or norm.node.meta.get("owner", "")
+
     def _operand(self, layer: _Layer) -> Any:
         """How a rewritten forward passes ``layer`` to the functions of ``runtime``."""
         return self.graph.get_attr(layer.path) if layer.path else layer.arguments
-
-    def _note(self, norm: _Layer, linear: _Layer, act: fx.Node | None) -> None:
-        self.result.is_changed = True
-        for node in (norm.node, linear.node, act):
-            self.note(node)
 
 
 def _bind(node: fx.Node, **parameters: Any) -> list[Any]:

@@ -1,31 +1,30 @@
-"""What all rewriting of traced graphs shares: chains of one reader, ReLU and additions, prints of values that go."""
+"""What all rewriting of flat graphs shares: chains of one reader, ReLU and additions."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fusedres.fusion.options import Options
 from fusedres.fusion.runtime import norm_add, norm_add_norm
-from fusedres.fusion.values import Values, is_standard, print_function
+from fusedres.fusion.aliasing import Values, addition, is_standard
 
 _RELU_FUNCTIONS = {torch.relu, torch.relu_, F.relu, F.relu_}
 _RELU_METHODS = {"relu", "relu_"}
-_ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
-_ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
-_IN_PLACE = {operator.iadd, "add_", "__iadd__", "relu_", torch.relu_, F.relu_}
+IN_PLACE = {operator.iadd, "add_", "__iadd__", "relu_", torch.relu_, F.relu_}
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a normalisation, or one print that the fusion drops.
+    """One call of a normalisation.
 
-    ``module`` is the path inside the block, or empty for the block itself: prints, and functional forms. ``acts`` and
+    ``module`` is its path below the root of the graph, or that of the module that calls a function. ``acts`` and
     ``adds`` say what goes with a LayerNorm and a Linear, where the pattern's name does not. ``partner`` is the path of
     the other BatchNorm of a projection join; ``recomputes`` is whether the backward computes the output again, and
     ``forks`` whether it adds the gradients of two readers. ``window`` is that of a maximum pooling: kernel size,
@@ -44,22 +43,6 @@ class Call:
 
 
 @dataclass
-class Rewritten:
-    """What was folded: a row for every call that is reported, and the modules no longer called as they were.
-
-    ``norms`` are the BatchNorms, ``standard`` PyTorch's other modules with their classes, ``sequences`` the
-    nn.Sequential whose children are called in their place, with their number. ``is_changed`` is whether anything was
-    folded: functional forms have no module to name.
-    """
-
-    calls: list[Call] = field(default_factory=list)
-    norms: set[str] = field(default_factory=set)
-    standard: dict[str, type[nn.Module]] = field(default_factory=dict)
-    sequences: dict[str, int] = field(default_factory=dict)
-    is_changed: bool = False
-
-
-@dataclass
 class Chain:
     """``start`` followed by nn.Identity, up to its one reader."""
 
@@ -74,13 +57,10 @@ class Chain:
 class Rewriter:
     """Base of what folds one family of patterns in ``graph``; ``refusal`` says why a module must stay as it is."""
 
-    def __init__(
-        self, block: nn.Module, graph: fx.Graph, refusal: Callable[[nn.Module], str | None], result: Rewritten
-    ) -> None:
-        self.graph = graph
-        self.values = Values(block, graph)
+    def __init__(self, values: Values, refusal: Callable[[nn.Module], str | None], options: Options) -> None:
+        self.graph, self.values = values.graph, values
         self.refusal = refusal
-        self.result = result
+        self.options = options
 
     def chain(self, node: fx.Node) -> Chain:
         """``node`` and the nn.Identity behind it."""
@@ -113,7 +93,7 @@ class Rewriter:
 
     def changed_operand(self, add: fx.Node, input: fx.Node) -> str | None:
         """Which operand ``add`` changes in place: ``"norm"``, that is ``input``, ``"residual"`` or ``None``."""
-        if add.target not in _IN_PLACE:
+        if add.target not in IN_PLACE:
             return None
         return "norm" if add.args[0] is input else "residual"
 
@@ -136,7 +116,7 @@ class Rewriter:
 
     def _changes(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether ``node`` is an addition or a ReLU that writes its result into ``value``."""
-        return node.all_input_nodes[0] is value and (node.target in _IN_PLACE or self._is_in_place_relu(node))
+        return node.all_input_nodes[0] is value and (node.target in IN_PLACE or self._is_in_place_relu(node))
 
     def _is_in_place_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -144,98 +124,24 @@ class Rewriter:
             return isinstance(module, nn.ReLU) and module.inplace
         return node.target is F.relu and (True in node.args[1:] or node.kwargs.get("inplace") is True)
 
-    def note(self, node: fx.Node | None) -> None:
-        """``node`` is folded: as a module, it is no longer called."""
-        module = None if node is None else self.values.module(node)
-        if node is not None and module is not None:
-            self.result.standard[str(node.target)] = type(module)
-
-    def drop_prints(self, name: str, removed: list[fx.Node]) -> None:
-        """Drop the prints that show the values of ``removed``, and what is computed for them alone."""
-        pending = self._shows(removed)
-        doomed: set[fx.Node] = set()
-        while pending:
-            node = pending.pop()
-            if node not in doomed:
-                doomed.add(node)
-                pending += node.users
-        for node in sorted(doomed, reverse=True):
-            if node._erased:
-                continue
-            if node.target is print_function:
-                reason = f"{_print_text(node)} shows a value that the fusion of {name} does not compute"
-                self.result.calls.append(Call("", "print", reason))
-            inputs = node.all_input_nodes
-            self.graph.erase_node(node)
-            self._erase_dead(inputs)
-
-    def is_shown(self, nodes: list[fx.Node]) -> bool:
-        """Whether a print shows a value of ``nodes``."""
-        return bool(self._shows(nodes))
-
-    def _shows(self, nodes: list[fx.Node]) -> list[fx.Node]:
-        """The readers of ``nodes`` of which nothing but prints comes."""
-        users = (user for node in nodes for user in node.users)
-        return [user for user in users if self.values.only_prints(user) and not self.values.reads_metadata(user)]
-
-    def _erase_dead(self, nodes: list[fx.Node]) -> None:
-        for node in nodes:
-            if not node._erased and not node.users and self.values.is_pure(node):
-                inputs = node.all_input_nodes
-                self.graph.erase_node(node)
-                self._erase_dead(inputs)
-
     def replace(self, nodes: list[fx.Node], stand_in: fx.Node | None) -> None:
         """Let ``stand_in`` be read in place of ``nodes``, which go; ``None`` where nobody else reads them."""
         if stand_in is not None:
             for node in nodes:
                 node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user not in nodes)
         for node in reversed(nodes):
-            self.skip(node)
             self.graph.erase_node(node)
 
-    def skip(self, node: fx.Node) -> None:
-        """Note that ``node`` is not called any more, if it is an nn.Identity."""
-        if is_standard(self.values.module(node), nn.Identity):
-            self.note(node)
-
-
-def with_inputs(graph: fx.Graph, *names: str) -> fx.Graph | None:
-    """A copy with inputs more, that nothing reads yet; ``None`` where the graph has not one input."""
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    inputs = [node for node in copy.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        return None
-    last = inputs[0]
-    for name in names:
-        with copy.inserting_after(last):
-            last = copy.placeholder(name)
-    return copy
-
-
-def addition(node: fx.Node) -> list[Any]:
-    """The two operands where ``node`` adds them unscaled; the one that is changed in place, if any, comes first."""
-    names = _ADD_FUNCTIONS if node.op == "call_function" else _ADD_METHODS if node.op == "call_method" else ()
-    kwargs = dict(node.kwargs)
-    operands = [*node.args, *(kwargs.pop(key) for key in ("input", "other") if key in kwargs)]
-    plain = node.target in names and kwargs.pop("alpha", 1) == 1 and not kwargs and len(operands) == 2
-    return operands if plain else []
+    def attribute(self, call: fx.Node, before: fx.Node) -> fx.Node:
+        """The module that ``call`` calls, as a value."""
+        with self.graph.inserting_before(before):
+            return self.graph.get_attr(str(call.target))
 
 
 def describe(node: fx.Node) -> str:
     """What ``node`` calls, for a reason."""
     if node.op == "output":
-        return "the end of its block"
+        return "the end of its network"
     if node.target in (norm_add, norm_add_norm):
         return "an addition"
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
-def _print_text(node: fx.Node) -> str:
-    """The print as it might stand in the source."""
-    shown = [
-        arg.args[0] if isinstance(arg, fx.Node) and arg.target == "format" and arg.op == "call_method" else arg
-        for arg in node.args
-    ]
-    return f"print({', '.join(repr(arg) for arg in shown)})"

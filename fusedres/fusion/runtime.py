@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from fusedres.functional import (
     BatchNormState,
+    add_batch_norm_act,
     autocasts,
     batch_norm_act_conv2d,
     batch_norm_act_global_avg_pool2d,
@@ -26,7 +26,7 @@ from fusedres.functional import (
     normalise_max_pool2d,
     takes_reference,
 )
-from fusedres.fusion.foreign import is_foreign
+from fusedres.fusion.foreign import foreign_act, foreign_add_norm, foreign_norm, is_foreign, is_timms
 from fusedres.nn import OWN_NORMS, BatchNormAct2d, batch_norm_state
 
 # A layer is a module, whose tensors are read at each call, or what its function takes after the input.
@@ -125,11 +125,47 @@ def ended_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPoo
     return (out, fork) if ends == FORK else end(out, ends)
 
 
-def end(out: Tensor, ends: Any) -> Ended:
-    """``out`` as it is (``None``), under two names (``FORK``), averaged (``POOL``), or ``ends(out)``."""
-    if ends is None or ends == FORK:
-        return out, (out if ends == FORK else None)
-    return (F.adaptive_avg_pool2d(out, 1) if ends == POOL else ends(out)), None
+def end(out: Tensor, ends: str | None) -> Ended:
+    """``out`` as it is (``None``), under two names (``FORK``) or averaged (``POOL``)."""
+    if ends == POOL:
+        return F.adaptive_avg_pool2d(out, 1), None
+    return out, (out if ends == FORK else None)
+
+
+def add_norm(
+    norm: nn.BatchNorm2d | BatchNormState, input: Any, residual: Any, in_place: bool, **act: Any
+) -> tuple[Tensor, Tensor]:
+    """``(s, norm(s))`` of ``s = input + residual``, or ``input += residual``; fused where that gives eager's result."""
+    fused = (
+        isinstance(input, Tensor)
+        and isinstance(residual, Tensor)
+        and input.shape == residual.shape
+        and input.device == residual.device
+        and input.is_floating_point()
+        and residual.is_floating_point()
+        # The statistics may be of the sum's dtype.
+        and (input.dtype == residual.dtype or (not in_place and _is_single(norm)))
+    )
+    if not fused:
+        if in_place:
+            input += residual
+        else:
+            input = input + residual
+    if isinstance(norm, tuple):
+        if not fused:
+            return input, batch_norm(input, norm, **act)
+        return add_batch_norm_act(input, residual, *norm[:7], num_batches_tracked=norm[7], **act)
+    if isinstance(norm, OWN_NORMS):
+        return norm.add(input, residual, **act) if fused else (input, norm(input, **act))
+    if not is_foreign(norm):
+        total = input + residual if fused else input
+        return total, norm(total)
+    return foreign_add_norm(norm, input, residual) if fused else (input, foreign_norm(norm, input))
+
+
+def _is_single(norm: nn.BatchNorm2d | BatchNormState) -> bool:
+    vectors = norm[:4] if isinstance(norm, tuple) else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return all(vector is None or vector.dtype == torch.float32 for vector in vectors)
 
 
 def norm_linear(input: Tensor, norm: LayerNorm, linear: Linear, act: str | None) -> Tensor:
@@ -186,41 +222,6 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
-def is_changed(norms: tuple[Any, ...], modules: tuple[Any, ...] = (), classes: tuple[type, ...] = ()) -> bool:
-    """Whether a module that was folded, or its forward, has been replaced, or a hook would see the difference.
-
-    ``classes`` are those that the ``modules`` had.
-    """
-    for norm in norms:
-        if type(norm) not in OWN_NORMS and not is_foreign(norm):
-            return True
-    if tuple(map(type, modules)) != classes:
-        return True
-    for module in norms + modules:
-        # In each forward of each block: is_hooked() without the call.
-        own = module.__dict__
-        if (
-            "forward" in own
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-        ):
-            return True
-    return bool(_has_any_global_hook())
-
-
-def is_resized(sequence: Any, size: int) -> bool:
-    """Whether ``sequence`` is no longer an nn.Sequential, fused or not, of so many modules, with nobody watching."""
-    kind = type(sequence)
-    return (
-        kind.__dict__.get("_fusedres_original", kind) is not nn.Sequential
-        or len(sequence._modules) != size
-        or "forward" in sequence.__dict__
-        or is_hooked(sequence)
-    )
-
-
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook would see ``module`` called, or not called."""
     return bool(
@@ -230,7 +231,12 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _is_plain(norm: BatchNorm) -> bool:
     """Whether the functions that span more than one layer take it; one that ranks share is on its own."""
-    return isinstance(norm, tuple) or type(norm) is BatchNormAct2d
+    return isinstance(norm, tuple) or type(norm) is BatchNormAct2d or _is_bare(norm)
+
+
+def _is_bare(norm: Any) -> bool:
+    """Whether it is timm's and applies no activation."""
+    return is_foreign(norm) and foreign_act(norm) is None
 
 
 def _state(norm: BatchNorm, input: Tensor) -> BatchNormState:
@@ -247,6 +253,11 @@ def _normalise(norm: BatchNorm, input: Tensor, residual: Tensor | None, act: str
         return batch_norm(input, norm, act, residual)
     if type(norm) is BatchNormAct2d:
         return normalise(input, batch_norm_state(norm, input), residual, _act(norm, act))
+    if is_timms(norm):
+        if _is_bare(norm):
+            return normalise(input, batch_norm_state(norm, input), residual, act)
+        out = norm(input) if residual is None else norm(input) + residual
+        return torch.relu(out) if act == "relu" else out
     # By keyword: a normalisation that knows neither raises.
     given: dict[str, Any] = {} if residual is None else {"residual": residual}
     if act != OWN_ACT and (act is not None or getattr(norm, "act", None) is not None):

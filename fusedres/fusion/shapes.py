@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from fusedres.fusion.plan import OWN_BLOCKS, original_classes
+from fusedres.fusion.refusals import OWN_BLOCKS, original_classes
 from fusedres.fusion.runtime import is_plain
 from fusedres.fusion.state import Output, RandomState, State, one_at_a_time
 
@@ -61,14 +61,14 @@ class Seen:
         return self.shape[-1]
 
 
-Calls: TypeAlias = "dict[nn.Module, list[Seen]]"  # by the normalisation, or by the block where it is a function
-
-
 @dataclass
 class Sizes:
-    """For every block a record of each of its calls; ``stopped`` is why the forward was not followed to its end."""
+    """The calls of each normalisation, or of the module that calls it where it is a function, in their order.
 
-    blocks: dict[nn.Module, list[Calls]] = field(default_factory=lambda: defaultdict(list))
+    ``stopped`` is why the forward was not followed to its end.
+    """
+
+    calls: dict[nn.Module, list[Seen]] = field(default_factory=lambda: defaultdict(list))
     stopped: str = ""
 
 
@@ -161,25 +161,23 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes
-        self.running: list[tuple[nn.Module, Calls]] = []
+        self.running: list[nn.Module] = []
         self.normalised: dict[int, Seen] = {}
         self.products: dict[int, int] = {}
         self.alive: list[Tensor] = []  # so that no id is used twice
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before ``module`` runs."""
-        if isinstance(module, _BatchNorm) and self.running and args:
-            self._add(self.running[-1][1], module, args[0])
-        calls: Calls = defaultdict(list)
-        self.running.append((module, calls))
-        self.sizes.blocks[module].append(calls)
+        if isinstance(module, _BatchNorm) and args:
+            self._add(module, args[0])
+        self.running.append(module)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After ``module`` has run."""
-        _, calls = self.running.pop()
+        self.running.pop()
         if type(module) in OWN_BLOCKS and args:  # its functions may be operators of ours
             first = module.norm_first
-            seen = self._add(calls, module.norm, args[0] if first else output)  # pyright: ignore[reportArgumentType]
+            seen = self._add(module.norm, args[0] if first else output)  # pyright: ignore[reportArgumentType]
             seen.in_front, seen.behind = (None, output.numel()) if first else (args[0].numel(), None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -192,14 +190,11 @@ class _Recorder(TorchFunctionMode):
                 if id(input) in self.normalised:
                     self.normalised[id(input)].behind = output.numel()
             else:
-                inside = isinstance(self.running[-1][0], nn.LayerNorm) and len(self.running) > 1
-                calls = self.running[-2 if inside else -1][1]
-                seen = self.normalised[id(output)] = self._add(calls, self.running[-1][0], input)
+                seen = self.normalised[id(output)] = self._add(self.running[-1], input)
                 seen.in_front = self.products.get(id(input))
         return output
 
-    @staticmethod
-    def _add(calls: Calls, key: nn.Module, input: Tensor) -> Seen:
+    def _add(self, key: nn.Module, input: Tensor) -> Seen:
         seen = Seen(tuple(input.shape), input.dtype)
-        calls[key].append(seen)
+        self.sizes.calls[key].append(seen)
         return seen

@@ -22,23 +22,40 @@ from fusedres.fusion.runtime import (
     norm_linear,
     norm_max_pool,
 )
-from fusedres.fusion.tracing import IN_PLACE_OPERATORS
 from fusedres.nn import OWN_NORMS
 
+IN_PLACE_OPERATORS = {
+    name: getattr(operator, f"i{name}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
+}
 _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
 _OWN_FUNCTIONS = {
     norm_add, norm_add_norm, norm_max_pool, norm_conv, norm_linear, linear_norm, linear_norm_add, linear_shape,
 }  # fmt: skip
+ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
+ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
 _FRESH_FUNCTIONS = {
     *_OWN_FUNCTIONS, operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu,
-    F.linear, F.layer_norm, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d,
+    F.linear, F.layer_norm, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.cat, torch.sigmoid,
+    F.avg_pool2d, F.adaptive_avg_pool2d, F.gelu, F.softmax, torch.mean,
 }  # fmt: skip
-_FRESH_METHODS = {"clone", "add", "sub", "mul", "div", "relu"}
+_FRESH_METHODS = {"clone", "add", "sub", "mul", "div", "relu", "mean", "sigmoid"}
 _FRESH_MODULES = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, *OWN_NORMS, nn.LayerNorm,
-    nn.MaxPool2d, nn.AvgPool2d,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Sigmoid, nn.GELU,
 )  # fmt: skip
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "exponential")
+# What gives one tensor, whatever it is given.
+_TENSOR_MODULES = tuple(
+    f"torch.nn.modules.{name}"
+    for name in ("conv", "batchnorm", "linear", "activation", "dropout", "pooling", "normalization", "padding",
+                 "upsampling", "flatten", "pixelshuffle", "instancenorm")
+)  # fmt: skip
+_TENSOR_FUNCTIONS = {torch.flatten, F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.dropout, F.max_pool2d,
+                     F.interpolate, F.pad, torch.add, torch.reshape, torch.squeeze}  # fmt: skip
+_TENSOR_METHODS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
+                   "expand_as", "softmax", "add_", "mul_", "relu_", "float", "to", "type_as"}  # fmt: skip
+_HARMLESS_ATTRIBUTES = ("dtype", "layout", "is_cuda", "requires_grad")
 _METADATA_METHODS = {"size", "dim", "numel", "ndimension"}
 _METADATA = {"shape", "ndim", "device"}
 print_function = builtins.print
@@ -74,36 +91,23 @@ def max_pool_arguments(values: Values, node: fx.Node) -> tuple[Any, ...] | None:
 class Values:
     """Answers about the nodes of ``graph``, which calls children of ``block``. The graph may change in between."""
 
-    def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.graph = graph
-        self.modules = dict(block.named_modules(remove_duplicate=False))
+        self.modules = dict(root.named_modules(remove_duplicate=False))
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The child that ``node`` calls, if it does."""
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that compute with ``node``: more than its shape, and for more than a print."""
-        return [user for user in node.users if not self.reads_metadata(user) and not self.only_prints(user)]
+        """The nodes that read more of ``node`` than its shape."""
+        return [user for user in node.users if not self.reads_metadata(user)]
 
     def reads_metadata(self, node: fx.Node) -> bool:
         """Whether ``node`` asks for a shape or a device, which a stand-in of the same shape can answer."""
         if node.op == "call_method":
             return node.target in _METADATA_METHODS
         return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA
-
-    def only_prints(self, node: fx.Node) -> bool:
-        """Whether ``node`` prints, or nothing but prints (or nothing at all) comes of it."""
-        pending, seen = [node], set[fx.Node]()
-        while pending:
-            node = pending.pop()
-            if node in seen or (node.op == "call_function" and node.target is print_function):
-                continue
-            if not self.is_pure(node):
-                return False
-            seen.add(node)
-            pending += node.users
-        return True
 
     def is_pure(self, node: fx.Node) -> bool:
         """Whether leaving ``node`` out changes nothing but its own value; no module is taken to be."""
@@ -156,6 +160,21 @@ class Values:
             return not self.mutates(node)
         return node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
 
+    def may_move(self, norm: fx.Node, start: fx.Node, end: fx.Node) -> bool:
+        """Whether ``norm`` may run anywhere from ``start`` to ``end``: nothing else uses its statistics until then."""
+        module = self.module(norm)
+        for node in self.graph.find_nodes(op="get_attr"):
+            if node < end and self.modules.get(str(node.target).rpartition(".")[0]) is module:
+                return False
+        for node in between(start, end):
+            other = self.module(node)
+            if other is not None and node is not norm and any(part is module for part in other.modules()):
+                return False
+            read = (value for value in node.all_input_nodes if value.op == "get_attr")
+            if any(self.modules.get(str(value.target)) is module for value in read):
+                return False
+        return True
+
     def may_change_between(self, value: fx.Node, start: fx.Node, end: fx.Node) -> bool:
         """Whether a node strictly between ``start`` and ``end`` may change ``value`` in place."""
         storage = self._storage(value)
@@ -176,9 +195,37 @@ class Values:
                 node.replace_all_uses_with(source)
                 self.graph.erase_node(node)
 
+    def is_out_of_reach(self, value: fx.Node, reader: fx.Node | None = None) -> bool:
+        """Whether user code never gets hold of ``value``, whose gradient is not the one of eager PyTorch.
+
+        The gradient of a sum lacks what comes from its BatchNorm, the ``reader``, for that is added when the gradient
+        goes on to the summands; that of one of two names lacks what comes from the other.
+        """
+        seen: set[fx.Node] = set()
+        pending = [value]
+        while pending:
+            value = pending.pop()
+            for user in set(value.users) - {reader} - seen:
+                if self.reads_metadata(user):
+                    continue
+                if addition(user) and addition(user)[0] is not value:
+                    continue  # if anything, it changes its first operand
+                seen.add(user)
+                if user.op == "output" or self.mutates(user) or not self._keeps_to_itself(user):
+                    return False
+                if not self.is_fresh(user):  # perhaps the same tensor
+                    pending.append(user)
+        return True
+
+    def _keeps_to_itself(self, node: fx.Node) -> bool:
+        """Whether ``node`` neither hands its input to user code nor asks for its gradient."""
+        if node.op == "call_function" and node.target is getattr:
+            return node.args[1] in _HARMLESS_ATTRIBUTES
+        return _keeps_inputs(self.module(node)) if node.op == "call_module" else self.is_pure(node)
+
     def _leaves_alone(self, node: fx.Node) -> bool:
         """Whether ``node`` neither changes its inputs nor passes them on."""
-        if self.reads_metadata(node) or self.only_prints(node):
+        if self.reads_metadata(node):
             return True
         return self.is_fresh(node) and not self.mutates(node)
 
@@ -196,6 +243,34 @@ class Values:
             if not self.is_fresh(node):
                 pending += node.all_input_nodes
         return storage
+
+
+def is_tensor(root: nn.Module, node: fx.Node) -> bool:
+    """Whether the value of ``node`` is one tensor for certain, where the inputs of its graph are."""
+    if node.op == "placeholder":
+        return True
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        home = type(module).__module__
+        plain = home.startswith(_TENSOR_MODULES) or type(module) in OWN_NORMS or is_foreign(module)
+        indices = getattr(module, "return_indices", False) or isinstance(module, nn.MultiheadAttention)
+        return plain and not indices and not is_hooked(module)
+    if node.op == "call_method":
+        return node.target in _FRESH_METHODS | _TENSOR_METHODS
+    if node.op != "call_function":
+        return False
+    if _namespace(node.target) == "_operator":  # of numbers too
+        return node.target in _FRESH_FUNCTIONS and any(is_tensor(root, operand) for operand in node.all_input_nodes)
+    return node.target in _FRESH_FUNCTIONS or node.target in _TENSOR_FUNCTIONS
+
+
+def addition(node: fx.Node) -> list[Any]:
+    """The two operands where ``node`` adds them unscaled; the one that is changed in place, if any, comes first."""
+    names = ADD_FUNCTIONS if node.op == "call_function" else ADD_METHODS if node.op == "call_method" else ()
+    kwargs = dict(node.kwargs)
+    operands = [*node.args, *(kwargs.pop(key) for key in ("input", "other") if key in kwargs)]
+    plain = node.target in names and kwargs.pop("alpha", 1) == 1 and not kwargs and len(operands) == 2
+    return operands if plain else []
 
 
 def between(start: fx.Node, end: fx.Node) -> list[fx.Node]:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fusedres.functional import layer_norm_refusal, path_for, pool_refusal, refusal, slower_than_eager, standing
 from fusedres.fusion.entries import Entry, find_entries, unfused
 from fusedres.fusion.foreign import TakenNorm
-from fusedres.fusion.plan import sealed, swap_refusal
+from fusedres.fusion.refusals import sealed, swap_refusal
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.savings import bytes_saved, window
 from fusedres.fusion.shapes import Input, Sizes, measure
@@ -30,7 +30,7 @@ _KINDS = {
 
 
 class Explanation:
-    """A row for each call of a BatchNorm, for LayerNorms beside a Linear, and for each print that is dropped.
+    """A row for each call of a BatchNorm, and for LayerNorms beside a Linear.
 
     ``str`` is a table of them.
 
@@ -41,10 +41,10 @@ class Explanation:
     operation away, or may be: beside a Linear in a block whose forward is left alone.
 
     Attributes:
-        rows: dicts of ``module`` (qualified name; the block's for a print), ``pattern`` (``bn``, ``bn_act``,
+        rows: dicts of ``module`` (qualified name), ``pattern`` (``bn``, ``bn_act``,
             ``bn_add``, ``bn_add_act``, ``add_bn``, ``add_bn_act``, ``bn_add_bn``, ``bn_add_bn_act``,
-            ``bn_act_maxpool``, any but those after ``bn_add_act`` with ``_avgpool``, ``ln``, ``ln_linear_act``,
-            ``linear_ln_act`` or ``print``), ``path`` (``triton``, ``reference``; ``raises`` where
+            ``bn_act_maxpool``, any but those after ``bn_add_act`` with ``_avgpool``, ``ln``, ``ln_linear_act`` or
+            ``linear_ln_act``), ``path`` (``triton``, ``reference``; ``raises`` where
             ``FUSEDRES_BACKEND=triton`` and no kernel covers it; ``eager`` for what is left alone), ``reason`` and
             ``bytes_saved`` (an int, or ``None`` where it is not known; see :func:`explain`).
         bytes_saved: the sum of the rows'; ``None`` without an input.
@@ -129,8 +129,7 @@ def explain(model: nn.Module, input: Input | None = None) -> Explanation:
 def _by_size(entry: Entry, reason: str, sizes: Sizes) -> dict[str, str]:
     """What changes in a row where PyTorch's own kernels are faster at the size of a call."""
     norm, device = entry.module, _device_and_dtype(entry.module, entry.block)[0]
-    calls = [record.get(norm, []) for record in sizes.blocks.get(entry.block, [])]
-    for seen in (made[entry.place] for made in calls if entry.place < len(made)):
+    for seen in sizes.calls.get(norm, [])[entry.place :: entry.count]:
         if not isinstance(norm, nn.BatchNorm2d) or norm.momentum is None or seen.elements == 0:
             continue
         kind, channels = _kind(entry.call), norm.num_features
@@ -149,29 +148,27 @@ def _kind(call: Call) -> str | None:
 
 
 def _saved(entry: Entry, path: str, sizes: Sizes) -> int | None:
-    """Over all calls of the block; ``None`` where they are not those that were traced."""
+    """Over all calls; ``None`` where they are not those that were traced."""
     call, module, block = entry.call, entry.module, entry.block
     if path in ("", "eager") or call.pattern in ("bn", "ln"):
         return 0
-    calls = [record.get(module, []) for record in sizes.blocks.get(block, [])]
-    if not calls or any(len(made) != entry.count for made in calls):
+    calls = sizes.calls.get(module, [])
+    if not calls or len(calls) % entry.count:
         return None
     training = (module if isinstance(module, _BatchNorm) else block).training
     device, _ = _device_and_dtype(module, block)
-    saved = [bytes_saved(call, made[entry.place], training, device) for made in calls]
+    saved = [bytes_saved(call, seen, training, device) for seen in calls[entry.place :: entry.count]]
     return None if None in saved else sum(filter(None, saved))
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    call, module, path, reason = entry.call, entry.module, "", entry.call.reason
-    pattern = call.pattern
-    if call.pattern != "print":
-        left_alone = entry.left_alone or _row_refusal(call, module, entry.fused)
-        refused = _kernel_refusal(call, module, entry.block) if left_alone is None else None
-        pattern = pattern if left_alone is None else unfused(call)
-        path = "eager" if left_alone is not None else path_for(refused)
-        forks = "the gradients of its readers are added in its backward" if call.forks and path != "eager" else None
-        reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason, forks))))
+    call, module = entry.call, entry.module
+    left_alone = entry.left_alone or _row_refusal(call, module, entry.fused)
+    refused = _kernel_refusal(call, module, entry.block) if left_alone is None else None
+    pattern = call.pattern if left_alone is None else unfused(call)
+    path = "eager" if left_alone is not None else path_for(refused)
+    forks = "the gradients of its readers are added in its backward" if call.forks and path != "eager" else None
+    reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason, forks))))
     return {"module": entry.name, "pattern": pattern, "path": path, "reason": reason}
 
 

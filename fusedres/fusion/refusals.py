@@ -1,0 +1,144 @@
+"""Why a module is left as it is, and a walk over those that are not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fusedres.fusion.derived import Derived, original_class
+from fusedres.fusion.foreign import is_timms
+from fusedres.fusion.rewriting import Call
+from fusedres.fusion.runtime import is_hooked, is_plain
+from fusedres.fusion.tracing import has_own_call, is_torchs
+from fusedres.nn import OWN_NORMS, BatchNormActMaxPool2d, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
+
+Filter = Callable[[nn.Module, str], bool]
+# Fused by those who built them; the pattern is reported under their LayerNorm.
+OWN_BLOCKS: dict[type[nn.Module], Call] = {
+    LayerNormLinear: Call("norm", "ln_linear_act"),
+    LinearLayerNorm: Call("norm", "linear_ln_act"),
+    ResidualMLPBlock: Call("norm", "linear_ln_act", "with the addition", adds=True),
+}
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module`` before it was fused."""
+    return original_class(module) or type(module)
+
+
+def sealed(module: nn.Module) -> str | None:
+    """Why nothing below ``module`` may change."""
+    if module._compiled_call_impl is not None or isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+        return "it is compiled already; call fuse before compiling"
+    return "it is a ScriptModule" if isinstance(module, torch.jit.ScriptModule) else None
+
+
+def swap_refusal(norm: nn.Module) -> str | None:
+    """Why ``norm`` cannot become one of :mod:`fusedres.nn`, or timm's get our forward."""
+    if type(norm) not in (nn.BatchNorm2d, *OWN_NORMS) and not is_timms(norm):
+        return f"{type(norm).__name__} is not nn.BatchNorm2d"
+    if "forward" in vars(norm):
+        return "its forward was replaced on the instance"
+    return sealed(norm)
+
+
+def layer_refusal(layer: nn.Module) -> str | None:
+    """Why a fused forward cannot stand for the call of ``layer``: a Linear, a LayerNorm or a BatchNorm."""
+    if is_hooked(layer):
+        return "it has hooks"
+    if isinstance(layer, _BatchNorm):
+        return swap_refusal(layer)
+    kind = nn.LayerNorm if isinstance(layer, nn.LayerNorm) else nn.Linear
+    if type(layer) is not kind:
+        return f"{type(layer).__name__} is not nn.{kind.__name__}"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance"
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
+        return "it normalises over more than the last dimension"
+    for name, tensor in layer.named_parameters():
+        if not is_plain(tensor):
+            return f"its {name} is a {type(tensor).__name__}"
+    return sealed(layer)
+
+
+def root_refusal(module: nn.Module) -> str | None:
+    """Why the forward of ``module`` cannot be rewritten, before anybody looks at it; hooks on it do not matter."""
+    if type(module) in OWN_BLOCKS:
+        return "it is fused by those who built it"
+    if isinstance(module, Derived) and original_class(module) is None:
+        return "it was wrapped after it was fused"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if isinstance(module, fx.GraphModule):
+        return "its forward is generated"
+    if not _is_users(module):
+        return f"{type(module).__name__} is a wrapper of PyTorch's"
+    return sealed(module)
+
+
+def leaf_reason(module: nn.Module) -> str | None:
+    """Why a graph calls ``module`` and does not go into it; ``""`` where it is PyTorch's or ours."""
+    reason = sealed(module) or ("it has hooks" if is_hooked(module) else None)
+    if reason is None and "forward" in vars(module):
+        reason = "its forward was replaced on the instance"
+    if reason is not None:
+        return reason
+    if isinstance(module, (_BatchNorm, nn.LayerNorm, BatchNormActMaxPool2d)) or type(module) in OWN_BLOCKS:
+        return ""
+    if not _is_users(module) and not isinstance(module, fx.GraphModule):
+        wraps = bool(module._modules) and not type(module).__module__.startswith("torch.nn.modules.")
+        return f"{type(module).__name__} is a wrapper of PyTorch's" if wraps else ""
+    return root_refusal(module)
+
+
+def _is_users(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` is Python of a user's, or calls the parts of an nn.Sequential."""
+    forward = kind_of(module).forward
+    return forward is nn.Sequential.forward or not is_torchs(getattr(forward, "__module__", ""))
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether ``module`` has one to rewrite; containers may, such as torchvision's IntermediateLayerGetter."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return kind_of(module).forward is not nn.Module.forward
+    return not isinstance(module, (_BatchNorm, nn.LayerNorm))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is more than its class's forward."""
+    patched = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return patched or is_hooked(module) or has_own_call(module)
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Like ``named_modules``, without what is below compiled and scripted modules."""
+    seen: set[nn.Module] = set()
+    pending = [("", model)]
+    while pending:
+        name, module = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if sealed(module) is None:
+            children = [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
+            pending += reversed(children)
+
+
+@contextlib.contextmanager
+def original_classes(model: nn.Module) -> Iterator[None]:
+    """Modules that are fused already, as they were."""
+    fused = [(module, type(module), original_class(module)) for module in model.modules()]
+    for module, _, original in fused:
+        if original is not None:
+            module.__class__ = original
+    try:
+        yield
+    finally:
+        for module, current, original in fused:
+            if original is not None:
+                module.__class__ = current

@@ -1,0 +1,74 @@
+"""What is fused in every network of the zoo: at least the patterns that were found before, with few exceptions none less.
+
+``python -m tests.fusion.test_snapshot`` prints what is found now, in the form of the expectation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import fusedres
+from fusedres import models
+from tests import zoo
+from tests.zoo_public import SMALL
+
+EXPECTED: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "snapshot.json").read_text())
+
+OWN: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: models.resnet18(num_classes=3, width=8),
+    "resnet34": lambda: models.resnet34(num_classes=3, width=8),
+    "resnet50": lambda: models.resnet50(num_classes=3, width=8),
+    "preact_resnet18": lambda: models.preact_resnet18(num_classes=3, width=8),
+    "preact_resnet50": lambda: models.preact_resnet50(num_classes=3, width=8),
+    "preact_resnet_cifar": lambda: models.preact_resnet_cifar(20),
+    "residual_mlp": lambda: models.residual_mlp(image_size=4, width=32, depth=3, num_classes=5),
+    "residual_mlp linear": lambda: models.residual_mlp(
+        image_size=4, width=32, depth=2, num_classes=5, skip="linear"
+    ),
+    "plain_mlp": lambda: models.plain_mlp(in_features=20, width=32, out_features=5, depth=3),
+    "hand resnet34": zoo.hand_resnet34,
+    "hand resnet50": zoo.hand_resnet50,
+    "hand preact": lambda: zoo.HandPreActResNet(zoo.KuangliuBlock, [2, 2]),
+    "hand preact bottleneck": lambda: zoo.HandPreActResNet(zoo.KuangliuBottleneck, [2, 2]),
+    "hand projection": lambda: zoo.ProjectionBlock(8, 16),
+    "hand sequential": zoo.SequentialNet,
+    "hand mlp": zoo.HandMLP,
+    "hand mlp functional": lambda: zoo.HandMLP(zoo.FunctionalMLPBlock),
+    "mlp": zoo.mlp,
+    "fusedres.nn bottlenecks": lambda: zoo.torchvision_models().ResNet(
+        fusedres.nn.Bottleneck, [1, 1, 1, 1], num_classes=5, width_per_group=16
+    ),
+}  # fmt: skip
+BUILDERS = OWN | {name: entry.build for name, entry in SMALL.items()}
+
+
+def found(model: nn.Module) -> dict[str, int]:
+    return dict(sorted(Counter(row["pattern"] for row in fusedres.explain(model).rows).items()))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_nothing_less_is_fused(name):
+    before, now = EXPECTED[name], found(BUILDERS[name]())
+    assert fused_layers(now) >= fused_layers(before)
+    for pattern in ("bn_act_maxpool", "add_bn_act", "bn_add_bn_act", "ln_linear_act", "linear_ln_act"):
+        assert now.get(pattern, 0) >= before.get(pattern, 0), pattern
+
+
+def fused_layers(patterns: dict[str, int]) -> tuple[int, int, int]:
+    """BatchNorms that are more than that, additions and activations that are part of something."""
+    counted = {name: count for name, count in patterns.items() if name not in ("bn", "ln", "print")}
+    return (
+        sum(counted.values()),
+        sum(count for name, count in counted.items() if "add" in name),
+        sum(count for name, count in counted.items() if "_act" in name),
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: found(build()) for name, build in BUILDERS.items()}, indent=1))

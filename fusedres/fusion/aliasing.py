@@ -10,18 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fusedres.fusion.foreign import is_foreign
-from fusedres.fusion.runtime import (
-    is_hooked,
-    linear_norm,
-    linear_norm_add,
-    linear_shape,
-    norm_add,
-    norm_add_norm,
-    norm_conv,
-    norm_linear,
-    norm_max_pool,
-)
+from fusedres.fusion.foreign import computes_one_norm
+from fusedres.fusion.runtime import linear_norm, linear_norm_add, linear_shape, norm_linear
+from fusedres.fusion.watching import is_hooked, is_standard
 from fusedres.nn import OWN_NORMS
 
 IN_PLACE_OPERATORS = {
@@ -29,11 +20,9 @@ IN_PLACE_OPERATORS = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
 }
 _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
-_OWN_FUNCTIONS = {
-    norm_add, norm_add_norm, norm_max_pool, norm_conv, norm_linear, linear_norm, linear_norm_add, linear_shape,
-}  # fmt: skip
-ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
-ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
+_OWN_FUNCTIONS = {norm_linear, linear_norm, linear_norm_add, linear_shape}
+IN_PLACE_ADDITIONS = {operator.iadd, "add_", "__iadd__"}
+_ADDITIONS = {*IN_PLACE_ADDITIONS, operator.add, torch.add, "add", "__add__"}
 _FRESH_FUNCTIONS = {
     *_OWN_FUNCTIONS, operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu,
     F.linear, F.layer_norm, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.cat, torch.sigmoid,
@@ -59,33 +48,6 @@ _HARMLESS_ATTRIBUTES = ("dtype", "layout", "is_cuda", "requires_grad")
 _METADATA_METHODS = {"size", "dim", "numel", "ndimension"}
 _METADATA = {"shape", "ndim", "device"}
 print_function = builtins.print
-
-
-def is_standard(module: object, *classes: type) -> bool:
-    """Of exactly one of ``classes``, running that class's forward, with nobody watching."""
-    return (
-        isinstance(module, nn.Module)
-        and type(module) in classes
-        and "forward" not in vars(module)
-        and module._compiled_call_impl is None
-        and not is_hooked(module)
-    )
-
-
-def max_pool_arguments(values: Values, node: fx.Node) -> tuple[Any, ...] | None:
-    """Kernel size, stride, padding, dilation and ceil_mode, where ``node`` is a maximum pooling without indices."""
-    module = values.module(node)
-    if is_standard(module, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs:
-        assert isinstance(module, nn.MaxPool2d)
-        shape = module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
-        return None if module.return_indices else shape
-    if node.op != "call_function" or node.target not in (F.max_pool2d, torch.max_pool2d):
-        return None
-    names = {"input": None, "kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
-    given = names | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    shape = tuple(given[name] for name in list(names)[1:])
-    plain = len(node.all_input_nodes) == 1 and not given.get("return_indices") and len(node.args) <= len(names)
-    return shape if plain else None
 
 
 class Values:
@@ -150,7 +112,7 @@ class Values:
             return (
                 is_standard(module, *_FRESH_MODULES)
                 or (is_standard(module, nn.ReLU) and not getattr(module, "inplace", True))
-                or _is_timms(module)
+                or _is_timms_norm(module)
             )
         if node.op == "call_method":
             return node.target in _FRESH_METHODS
@@ -163,17 +125,16 @@ class Values:
     def may_move(self, norm: fx.Node, start: fx.Node, end: fx.Node) -> bool:
         """Whether ``norm`` may run anywhere from ``start`` to ``end``: nothing else uses its statistics until then."""
         module = self.module(norm)
-        for node in self.graph.find_nodes(op="get_attr"):
-            if node < end and self.modules.get(str(node.target).rpartition(".")[0]) is module:
-                return False
+        if any(node < end and self._owner(node) is module for node in self.graph.find_nodes(op="get_attr")):
+            return False
         for node in between(start, end):
-            other = self.module(node)
-            if other is not None and node is not norm and any(part is module for part in other.modules()):
-                return False
-            read = (value for value in node.all_input_nodes if value.op == "get_attr")
-            if any(self.modules.get(str(value.target)) is module for value in read):
+            called = [self.module(node), self.modules.get(str(node.kwargs.get("other")))]
+            if node is not norm and any(part is module for child in called if child for part in child.modules()):
                 return False
         return True
+
+    def _owner(self, attribute: fx.Node) -> nn.Module | None:
+        return self.modules.get(str(attribute.target).rpartition(".")[0])
 
     def may_change_between(self, value: fx.Node, start: fx.Node, end: fx.Node) -> bool:
         """Whether a node strictly between ``start`` and ``end`` may change ``value`` in place."""
@@ -252,7 +213,7 @@ def is_tensor(root: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         home = type(module).__module__
-        plain = home.startswith(_TENSOR_MODULES) or type(module) in OWN_NORMS or is_foreign(module)
+        plain = home.startswith(_TENSOR_MODULES) or type(module) in OWN_NORMS or computes_one_norm(module)
         indices = getattr(module, "return_indices", False) or isinstance(module, nn.MultiheadAttention)
         return plain and not indices and not is_hooked(module)
     if node.op == "call_method":
@@ -266,10 +227,10 @@ def is_tensor(root: nn.Module, node: fx.Node) -> bool:
 
 def addition(node: fx.Node) -> list[Any]:
     """The two operands where ``node`` adds them unscaled; the one that is changed in place, if any, comes first."""
-    names = ADD_FUNCTIONS if node.op == "call_function" else ADD_METHODS if node.op == "call_method" else ()
     kwargs = dict(node.kwargs)
     operands = [*node.args, *(kwargs.pop(key) for key in ("input", "other") if key in kwargs)]
-    plain = node.target in names and kwargs.pop("alpha", 1) == 1 and not kwargs and len(operands) == 2
+    called = node.op in ("call_function", "call_method") and node.target in _ADDITIONS
+    plain = called and kwargs.pop("alpha", 1) == 1 and not kwargs and len(operands) == 2
     return operands if plain else []
 
 
@@ -287,7 +248,7 @@ def _keeps_inputs(module: nn.Module | None) -> bool:
     """Whether a child is known not to change its inputs: PyTorch's own do so only where they say ``inplace``."""
     if module is None:
         return False
-    return _is_timms(module) or all(
+    return _is_timms_norm(module) or all(
         (type(part).__module__.startswith("torch.nn.modules.") or type(part) in OWN_NORMS)
         and "forward" not in vars(part)
         and not is_hooked(part)
@@ -296,9 +257,9 @@ def _keeps_inputs(module: nn.Module | None) -> bool:
     )
 
 
-def _is_timms(module: Any) -> bool:
+def _is_timms_norm(module: Any) -> bool:
     """Of timm's BatchNormAct2d, which writes in place into its own result alone, with nobody watching."""
-    return is_foreign(module) and "forward" not in vars(module) and not is_hooked(module)
+    return computes_one_norm(module) and is_standard(module, type(module))
 
 
 def _namespace(function: Any) -> str:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.convert import is_taken
-from fusedres.fusion.foreign import foreign_pattern, is_timms
+from fusedres.fusion.foreign import timms_pattern, is_timms
 from fusedres.fusion.install import FusedRegion
 from fusedres.fusion.options import FUSIONS, Options
 from fusedres.fusion.refusals import OWN_BLOCKS, original_classes, sealed, walk
@@ -141,7 +141,7 @@ def _calls_not_found(plans: list[Plan], names: dict[nn.Module, str], found: set[
         if reason is None or inside > left:
             continue
         if isinstance(norm, _BatchNorm):
-            pattern, why = foreign_pattern(norm) if is_timms(norm) else ("bn", "")
+            pattern, why = timms_pattern(norm) if is_timms(norm) else ("bn", "")
             yield Entry(name, Call(name, pattern, "; ".join(filter(None, (reason, why)))), norm, norm)
         elif any(isinstance(part, nn.Linear) for o, p in names.items() if p == owners[-1] for part in o.modules()):
             yield Entry(name, Call("", "ln", reason), norm, norm)

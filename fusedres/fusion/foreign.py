@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fusedres.functional import add_normalise, normalise
+from fusedres.functional import normalise
 from fusedres.fusion.derived import Derived, disguise
+from fusedres.fusion.watching import is_standard
 from fusedres.nn import batch_norm_state
 
 torch.fx.wrap("normalise")  # one call in a symbolic trace, as in BatchNormAct2d
@@ -28,10 +29,9 @@ class TakenNorm(Derived):
     def forward(self, x: Tensor) -> Tensor:
         """See timm's class."""
         assert isinstance(self, nn.BatchNorm2d)
-        if is_foreign(self) and not _has_any_global_hook():
-            return foreign_norm(self, x)
-        out = normalise(x, batch_norm_state(self, x))
-        return self.act(self.drop(out))  # pyright: ignore[reportCallIssue]
+        fuses = computes_one_norm(self) and not _has_any_global_hook()
+        out = normalise(x, batch_norm_state(self, x), None, timms_act(self) if fuses else None)
+        return out if fuses else self.act(self.drop(out))  # pyright: ignore[reportCallIssue]
 
     @property
     def qconfig(self) -> Any:
@@ -67,7 +67,7 @@ def is_timms(module: object) -> bool:
     return (kind.__module__, kind.__name__) == _CLASS and isinstance(module, nn.BatchNorm2d)
 
 
-def is_foreign(module: object) -> bool:
+def computes_one_norm(module: object) -> bool:
     """Whether ``module`` is timm's BatchNormAct2d and computes ``relu(bn(x))`` or ``bn(x)``, with nobody watching.
 
     Asked in each forward: the parts that a user can replace or hook are looked at every time.
@@ -77,42 +77,21 @@ def is_foreign(module: object) -> bool:
     parts = module._modules  # pyright: ignore[reportAttributeAccessIssue]
     return (
         len(parts) == 2
-        and type(parts.get("drop")) is nn.Identity
-        and type(parts.get("act")) in (nn.ReLU, nn.Identity)
-        and not any(_is_watched(part) for part in parts.values())
+        and is_standard(parts.get("drop"), nn.Identity)
+        and is_standard(parts.get("act"), nn.ReLU, nn.Identity)
     )
 
 
-def foreign_act(norm: nn.Module) -> str | None:
+def timms_act(norm: nn.Module) -> str | None:
     """The activation that ``norm`` fuses."""
     return "relu" if type(norm._modules["act"]) is nn.ReLU else None
 
 
-def foreign_pattern(norm: nn.Module) -> tuple[str, str]:
+def timms_pattern(norm: nn.Module) -> tuple[str, str]:
     """The pattern of a call of timm's ``norm``, whoever calls it, and why it is not more."""
-    if is_foreign(norm):
-        return ("bn_act" if foreign_act(norm) else "bn"), ""
+    if computes_one_norm(norm):
+        return ("bn_act" if timms_act(norm) else "bn"), ""
     return "bn", f"followed by its own {type(norm._modules.get('act')).__name__}"
-
-
-def foreign_norm(norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
-    """``norm(input)`` in one operation."""
-    return normalise(input, batch_norm_state(norm, input), None, foreign_act(norm))
-
-
-def foreign_add_norm(norm: nn.BatchNorm2d, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """``(s, norm(s))`` of ``s = input + residual`` in one operation."""
-    return add_normalise(input, residual, batch_norm_state(norm, input), foreign_act(norm))
-
-
-def _is_watched(part: Any) -> bool:
-    return bool(
-        "forward" in part.__dict__
-        or part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-    )
 
 
 @functools.cache

@@ -1,98 +1,137 @@
-"""Fold a BatchNorm and what follows it into one call."""
+"""Fold what follows a BatchNorm into its call.
+
+In a graph that is being rewritten, what a call does beside normalising stands in its keywords: ``residual`` and ``act``
+as of a BatchNormAct2d, and ``changes`` (the operand that the addition changed in place), ``other`` (the path of a
+second BatchNorm, whose input is then the residual), ``pool``, ``conv``, ``summand`` and ``ends``. ``matching.lower``
+turns them into calls of :mod:`fusedres.fusion.runtime`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.fusion.foreign import foreign_pattern, is_timms
-from fusedres.fusion.rewriting import Call, Chain, Rewriter, describe
-from fusedres.fusion.runtime import OWN_ACT, norm_add, norm_add_norm, norm_conv, norm_max_pool
-from fusedres.fusion.aliasing import is_standard, max_pool_arguments
+from fusedres.fusion.aliasing import Values
+from fusedres.fusion.foreign import is_timms, timms_pattern
+from fusedres.fusion.rewriting import Chain, Rewriter, describe
+from fusedres.fusion.watching import is_standard
 from fusedres.nn import BatchNormAct2d
 
 
 class BatchNormRewriter(Rewriter):
-    """Folds a BatchNorm and what follows it into one call."""
+    """Folds ReLU, additions, second BatchNorms, maximum poolings and convolutions behind BatchNorms."""
 
-    def run(self) -> list[Call]:
-        """A row for each call of a BatchNorm."""
-        norms = [n for n in self.graph.nodes if isinstance(self.values.module(n), _BatchNorm)]
+    def run(self, norms: list[fx.Node]) -> None:
+        """Of the calls ``norms``, in their order; ``meta["reason"]`` is then why one is not more."""
         for norm in norms:
             self.name_in_place_results(norm)
         # The last of two BatchNorms that are added takes the addition: its other operand exists by then.
-        calls = [self._rewrite_call(norm) for norm in reversed(norms) if not norm._erased]
-        return calls[::-1]
+        for norm in reversed(norms):
+            if not norm._erased:
+                norm.meta["reason"] = self._fold(norm) or ""
 
-    def _rewrite_call(self, norm: fx.Node) -> Call:
-        module, name = self.values.module(norm), str(norm.target)
-        assert module is not None
-        reason = self.refusal(module)
-        if reason is not None:
-            return Call(name, "bn", reason)
-        if is_timms(module) and foreign_pattern(module) != ("bn", ""):
-            return Call(name, *foreign_pattern(module))
-        if not norm.args and norm.kwargs.keys() == {"input"}:
-            norm.args, norm.kwargs = (norm.kwargs["input"],), {}
-        if isinstance(module, BatchNormAct2d) and (module.act is not None or norm.kwargs or len(norm.args) != 1):
-            return self._fold_own(norm, module)
-        if norm.kwargs or len(norm.args) != 1 or not isinstance(norm.args[0], fx.Node):
-            return Call(name, "bn", "it is not called with one input")
+    def _fold(self, norm: fx.Node) -> str | None:
+        module = self.values.module(norm)
+        if is_timms(module) and timms_pattern(module) != ("bn", ""):
+            return timms_pattern(module)[1]
+        if norm.kwargs or (getattr(module, "act", None) is not None and isinstance(module, BatchNormAct2d)):
+            return self._fold_into_own(norm)
         chain = self.chain(norm)
         if chain.reader is None:
-            return Call(name, "bn", "its output is used more than once" if len(norm.users) > 1 else "")
+            return "its output is used more than once" if len(norm.users) > 1 else None
         if self.act_behind(chain) is not None:
-            return self._fold_act(norm, chain)
+            return self._fold_act(norm, chain, chain.reader)
         residual = self.residual(chain.reader, chain.last)
         if residual is None:
-            return Call(name, "bn", f"followed by {describe(chain.reader)}")
+            return f"followed by {describe(chain.reader)}"
         return self._fold_add(norm, chain, residual)
 
-    def _fold_act(self, norm: fx.Node, chain: Chain) -> Call:
-        act = chain.reader
-        assert act is not None
+    def _fold_act(self, norm: fx.Node, chain: Chain, act: fx.Node) -> str | None:
+        norm.kwargs = {"act": "relu"}
         tail = self.chain(act)
-        if tail.reader is not None and self._can_wait(norm, norm.all_input_nodes[0], tail.reader):
-            if self.options.allows("stem") and max_pool_arguments(self.values, tail.reader) is not None:
-                return self._fold_max_pool(norm, chain, tail)
-            if self.options.save == "recompute" and self._is_conv(tail.reader):
-                return self._fold_conv(norm, chain, tail)
-        if is_timms(self.values.module(norm)):  # its forward takes no activation
-            module = self.attribute(norm, norm)
-            with self.graph.inserting_before(norm):
-                fused = self.graph.call_function(norm_add, (module, norm.args[0], None, "relu", None))
-            self.replace([*chain.nodes, act], fused)
+        between = [*chain.nodes[1:], *tail.nodes]
+        window = max_pool_arguments(self.values, tail.reader) if self.options.allows("stem") else None
+        pools = tail.reader is not None and window is not None
+        recomputes = tail.reader is not None and self.options.save == "recompute" and self._is_conv(tail.reader)
+        if (pools or recomputes) and self._can_wait(norm, tail.reader):
+            module = self.values.module(tail.reader)
+            norm.meta["window"] = window
+            operand = window if module is None else str(tail.reader.target)
+            norm.kwargs = {"act": "relu", "pool" if pools else "conv": operand}
+            self._move(norm, between, [tail.reader])
+            return None if pools else "computed again in the backward"
+        self.replace([*chain.nodes[1:], act], norm)
+        return None
+
+    def _fold_into_own(self, norm: fx.Node) -> None:
+        """Of a BatchNormAct2d that its model calls with a residual or an activation already."""
+        other = self._second_norm(norm, norm.kwargs.get("residual"))
+        if other is not None:
+            gone = self.chain(other).nodes
+            self._join(norm, other, dict(norm.kwargs))
+            self.replace(gone, other.all_input_nodes[0])
+
+    def _fold_add(self, norm: fx.Node, chain: Chain, residual: fx.Node) -> str | None:
+        add = chain.reader
+        assert add is not None
+        changes = self.changed_operand(add, chain.last)
+        if changes == "residual" and not self.is_spare(residual, add):
+            return "the addition changes its other operand, which is read elsewhere"
+        if not self._can_wait(norm, add):
+            return "its input or its statistics may be used before the addition"
+        tail = self.chain(add)
+        act = self.act_behind(tail)
+        other = self._second_norm(add, residual)
+        gone = [] if other is None else self.chain(other).nodes
+        self._move(norm, chain.nodes[1:], [add] if act is None else [*tail.nodes, act])
+        kwargs = {"residual": residual, "act": "relu" if act is not None else None, "changes": changes}
+        if other is None:
+            norm.kwargs = kwargs
         else:
-            norm.kwargs = {"act": "relu"}
-            self.replace([*chain.nodes[1:], act], norm)
-        return Call(str(norm.target), "bn_act")
+            self._join(norm, other, kwargs)
+            self.replace(gone, other.all_input_nodes[0])
+        return None
 
-    def _fold_max_pool(self, norm: fx.Node, chain: Chain, tail: Chain) -> Call:
-        pool = tail.reader
-        assert pool is not None
-        window = max_pool_arguments(self.values, pool)
-        operand = window if self.values.module(pool) is None else self.attribute(pool, pool)
-        self._fold_behind(norm, [*chain.nodes, *tail.nodes], pool, norm_max_pool, operand)
-        return Call(str(norm.target), "bn_act_maxpool", window=window)
+    def _second_norm(self, reader: fx.Node, value: Any) -> fx.Node | None:
+        """The BatchNorm whose result ``value`` is and that can run at ``reader``; nobody else reads or prints it."""
+        if not self.options.allows("join"):
+            return None
+        while isinstance(value, fx.Node) and is_standard(self.values.module(value), nn.Identity):
+            value = value.all_input_nodes[0]
+        module = self.values.module(value) if isinstance(value, fx.Node) else None
+        if not isinstance(module, _BatchNorm) or "given" not in value.meta or value.kwargs:
+            return None
+        plain = timms_pattern(module) == ("bn", "") if is_timms(module) else getattr(module, "act", None) is None
+        if not plain or module is self.values.module(reader) or self.chain(value).reader is not reader:
+            return None
+        return value if self._can_wait(value, reader) else None
 
-    def _fold_conv(self, norm: fx.Node, chain: Chain, tail: Chain) -> Call:
-        conv = tail.reader
-        assert conv is not None
-        self._fold_behind(norm, [*chain.nodes, *tail.nodes], conv, norm_conv, self.attribute(conv, conv))
-        return Call(str(norm.target), "bn_act", "computed again in the backward", recomputes=True)
+    def _join(self, norm: fx.Node, other: fx.Node, kwargs: dict[str, Any]) -> None:
+        """Both BatchNorms in the call ``norm``; that of the main branch comes first."""
+        paths, inputs = (str(norm.target), str(other.target)), (norm.args[0], other.args[0])
+        if paths[0].count(".") > paths[1].count("."):  # the later of the two is the shortcut
+            paths, inputs = paths[::-1], inputs[::-1]
+            changes = {"norm": "residual", "residual": "norm"}.get(kwargs.get("changes") or "")
+            kwargs |= {"changes": changes}
+        norm.target, norm.args = paths[0], (inputs[0],)
+        norm.kwargs = kwargs | {"residual": inputs[1], "other": paths[1]}
 
-    def _fold_behind(
-        self, norm: fx.Node, gone: list[fx.Node], last: fx.Node, function: Callable[..., Any], operand: Any
-    ) -> None:
-        """``function(norm, input, "relu", operand)`` for ``norm``, its activation and the operation ``last`` behind."""
-        module = self.attribute(norm, last)
-        with self.graph.inserting_before(last):
-            fused = self.graph.call_function(function, (module, norm.args[0], "relu", operand))
-        self.replace([last], fused)
-        self.replace(gone, norm.all_input_nodes[0])
+    def _move(self, norm: fx.Node, gone: list[fx.Node], result: list[fx.Node]) -> None:
+        """Let ``norm`` run where ``result`` begins, in its place; whoever reads metadata before reads that of its input."""
+        between = [norm, *gone]
+        for node in between:
+            node.replace_all_uses_with(norm.args[0], delete_user_cb=lambda user: user not in (*between, *result))
+        result[0].prepend(norm)
+        self.replace([*gone, *result], norm)
+
+    def _can_wait(self, norm: fx.Node, until: fx.Node) -> bool:
+        """Whether ``norm`` can run at ``until``: same input, same order of updates of its statistics."""
+        still = not self.values.may_change_between(norm.args[0], norm, until)
+        return still and self.values.may_move(norm, norm, until)
 
     def _is_conv(self, node: fx.Node) -> bool:
         conv = self.values.module(node)
@@ -103,85 +142,18 @@ class BatchNormRewriter(Rewriter):
         uneven = conv.padding == "same" and any(step * (size - 1) % 2 for step, size in extents)
         return conv.padding_mode == "zeros" and not uneven  # others read a padded copy
 
-    def _fold_own(self, norm: fx.Node, module: BatchNormAct2d) -> Call:
-        """A BatchNormAct2d that its model calls with a residual or an activation already."""
-        arguments = dict(zip(("input", "residual"), norm.args, strict=False)) | dict(norm.kwargs)
-        residual = arguments.get("residual")
-        act = "_act" if arguments.get("act", module.act) is not None else ""
-        other, input = self._joined_norm(norm, residual), arguments.get("input")
-        if other is None or not isinstance(input, fx.Node):
-            return Call(str(norm.target), f"bn{'_add' if residual is not None else ''}{act}")
-        chain = self.chain(other)
-        self._join(norm, norm, input, other, arguments.get("act", OWN_ACT), None, [norm])
-        self.replace(chain.nodes, other.all_input_nodes[0])
-        return Call(str(norm.target), f"bn_add_bn{act}", partner=str(other.target))
 
-    def _joined_norm(self, reader: fx.Node, value: Any) -> fx.Node | None:
-        """The BatchNorm whose result ``value`` is and that can run at ``reader``; nobody else reads or prints it."""
-        if not self.options.allows("join"):
-            return None
-        while isinstance(value, fx.Node) and is_standard(self.values.module(value), nn.Identity):
-            value = value.all_input_nodes[0]
-        module = self.values.module(value) if isinstance(value, fx.Node) else None
-        if not isinstance(module, _BatchNorm) or module is self.values.module(reader):
-            return None
-        timms = is_timms(module)
-        if self.refusal(module) is not None or (not timms and getattr(module, "act", None) is not None):
-            return None
-        if timms and foreign_pattern(module) != ("bn", ""):
-            return None
-        plain = len(value.args) == 1 and isinstance(value.args[0], fx.Node) and not value.kwargs
-        chain = self.chain(value)
-        if not plain or chain.reader is not reader:
-            return None
-        return value if self._can_wait(value, value.all_input_nodes[0], reader) else None
-
-    def _join(
-        self, norm: fx.Node, at: fx.Node, input: fx.Node, other: fx.Node, act: Any, changes: str | None,
-        result: list[fx.Node],
-    ) -> None:  # fmt: skip
-        """Both BatchNorms in one call in front of ``at``, in place of ``result``; that of the main branch comes first."""
-        one, two = (self.attribute(norm, at), input), (self.attribute(other, at), other.args[0])
-        if self._is_shortcut(norm, other):
-            one, two = two, one
-            changes = {"norm": "residual", "residual": "norm"}.get(changes or "")
-        arguments = (*one, *two, act, changes)
-        with self.graph.inserting_before(at):
-            fused = self.graph.call_function(norm_add_norm, arguments)
-        self.replace(result, fused)
-
-    def _fold_add(self, norm: fx.Node, chain: Chain, residual: fx.Node) -> Call:
-        add, input, name = chain.reader, norm.args[0], str(norm.target)
-        assert add is not None and isinstance(input, fx.Node)
-        changes = self.changed_operand(add, chain.last)
-        if changes == "residual" and not self.is_spare(residual, add):
-            return Call(name, "bn", "the addition changes its other operand, which is read elsewhere")
-        if not self._can_wait(norm, input, add):
-            return Call(name, "bn", "its input or its statistics may be used before the addition")
-        tail = self.chain(add)
-        act = self.act_behind(tail)
-        result, kind = ([*tail.nodes, act], "relu") if act else ([add], None)
-        other = self._joined_norm(add, residual)
-        others = [] if other is None else self.chain(other).nodes
-        if other is not None:
-            self._join(norm, add, input, other, kind, changes, result)
-            self.replace(others, other.all_input_nodes[0])
-        else:
-            module = self.attribute(norm, add)
-            with self.graph.inserting_before(add):
-                fused = self.graph.call_function(norm_add, (module, input, residual, kind, changes))
-            self.replace(result, fused)
-        self.replace(chain.nodes, input)
-        act_name = "_act" if act else ""
-        if other is None:
-            return Call(name, f"bn_add{act_name}")
-        names = (str(other.target), name) if self._is_shortcut(norm, other) else (name, str(other.target))
-        return Call(names[0], f"bn_add_bn{act_name}", partner=names[1])
-
-    def _is_shortcut(self, norm: fx.Node, other: fx.Node) -> bool:
-        """Whether ``norm``, the later of the two, is below the module that ``other`` belongs to."""
-        return str(norm.target).count(".") > str(other.target).count(".")
-
-    def _can_wait(self, norm: fx.Node, input: fx.Node, until: fx.Node) -> bool:
-        """Whether ``norm`` can run at ``until``: same input, same order of updates of its statistics."""
-        return self.values.may_move(norm, norm, until) and not self.values.may_change_between(input, norm, until)
+def max_pool_arguments(values: Values, node: fx.Node | None) -> tuple[Any, ...] | None:
+    """Kernel size, stride, padding, dilation and ceil_mode, where ``node`` is a maximum pooling without indices."""
+    module = None if node is None else values.module(node)
+    if is_standard(module, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs:
+        assert isinstance(module, nn.MaxPool2d)
+        shape = module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
+        return None if module.return_indices else shape
+    if node is None or node.op != "call_function" or node.target not in (F.max_pool2d, torch.max_pool2d):
+        return None
+    names = {"input": None, "kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+    given = names | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    shape = tuple(given[name] for name in list(names)[1:])
+    plain = len(node.all_input_nodes) == 1 and not given.get("return_indices") and len(node.args) <= len(names)
+    return shape if plain else None

@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fusedres.fusion.derived import Derived, original_class
 from fusedres.fusion.foreign import is_timms
 from fusedres.fusion.rewriting import Call
-from fusedres.fusion.runtime import is_hooked, is_plain
+from fusedres.fusion.runtime import is_plain
 from fusedres.fusion.tracing import has_own_call, is_torchs
+from fusedres.fusion.watching import is_hooked
 from fusedres.nn import OWN_NORMS, BatchNormActMaxPool2d, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
 Filter = Callable[[nn.Module, str], bool]

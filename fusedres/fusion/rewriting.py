@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fusedres.fusion.aliasing import IN_PLACE_ADDITIONS, Values, addition
 from fusedres.fusion.options import Options
-from fusedres.fusion.runtime import norm_add, norm_add_norm
-from fusedres.fusion.aliasing import Values, addition, is_standard
+from fusedres.fusion.watching import is_standard
 
-_RELU_FUNCTIONS = {torch.relu, torch.relu_, F.relu, F.relu_}
-_RELU_METHODS = {"relu", "relu_"}
-IN_PLACE = {operator.iadd, "add_", "__iadd__", "relu_", torch.relu_, F.relu_}
+_RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
+_IN_PLACE = {*IN_PLACE_ADDITIONS, "relu_", torch.relu_, F.relu_}
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ class Rewriter:
 
     def __init__(self, values: Values, refusal: Callable[[nn.Module], str | None], options: Options) -> None:
         self.graph, self.values = values.graph, values
-        self.refusal = refusal
-        self.options = options
+        self.refusal, self.options = refusal, options
 
     def chain(self, node: fx.Node) -> Chain:
         """``node`` and the nn.Identity behind it."""
@@ -80,11 +78,9 @@ class Rewriter:
         """Whether ``node`` is relu(input)."""
         if node.all_input_nodes != [input]:
             return False
-        if node.op == "call_function":
-            return node.target in _RELU_FUNCTIONS
-        if node.op == "call_method":
-            return node.target in _RELU_METHODS
-        return is_standard(self.values.module(node), nn.ReLU)
+        if node.op == "call_module":
+            return is_standard(self.values.module(node), nn.ReLU)
+        return node.op in ("call_function", "call_method") and node.target in _RELUS
 
     def residual(self, node: fx.Node, input: fx.Node) -> fx.Node | None:
         """The other operand where ``node`` adds another traced value to ``input``, unscaled."""
@@ -93,7 +89,7 @@ class Rewriter:
 
     def changed_operand(self, add: fx.Node, input: fx.Node) -> str | None:
         """Which operand ``add`` changes in place: ``"norm"``, that is ``input``, ``"residual"`` or ``None``."""
-        if add.target not in IN_PLACE:
+        if add.target not in IN_PLACE_ADDITIONS:
             return None
         return "norm" if add.args[0] is input else "residual"
 
@@ -107,16 +103,12 @@ class Rewriter:
         values = [start]
         for value in values:
             for node in sorted(value.users):
-                if self._changes(node, value):
+                if node.all_input_nodes[0] is value and (node.target in _IN_PLACE or self._is_in_place_relu(node)):
                     value.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)
                     values.append(node)
                     break
                 if self.is_act(node, value) or self.residual(node, value) is not None:
                     values.append(node)
-
-    def _changes(self, node: fx.Node, value: fx.Node) -> bool:
-        """Whether ``node`` is an addition or a ReLU that writes its result into ``value``."""
-        return node.all_input_nodes[0] is value and (node.target in IN_PLACE or self._is_in_place_relu(node))
 
     def _is_in_place_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -132,16 +124,17 @@ class Rewriter:
         for node in reversed(nodes):
             self.graph.erase_node(node)
 
-    def attribute(self, call: fx.Node, before: fx.Node) -> fx.Node:
-        """The module that ``call`` calls, as a value."""
-        with self.graph.inserting_before(before):
-            return self.graph.get_attr(str(call.target))
+    def split(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Both results of ``node``, which gives two."""
+        with self.graph.inserting_after(node):
+            second = self.graph.call_function(operator.getitem, (node, 1))
+            return self.graph.call_function(operator.getitem, (node, 0)), second
 
 
 def describe(node: fx.Node) -> str:
     """What ``node`` calls, for a reason."""
     if node.op == "output":
         return "the end of its network"
-    if node.target in (norm_add, norm_add_norm):
+    if node.kwargs.get("residual") is not None:
         return "an addition"
     return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fusedres.functional import (
     BatchNormState,
-    add_batch_norm_act,
+    add_normalise,
     autocasts,
     batch_norm_act_conv2d,
     batch_norm_act_global_avg_pool2d,
@@ -26,16 +26,15 @@ from fusedres.functional import (
     normalise_max_pool2d,
     takes_reference,
 )
-from fusedres.fusion.foreign import foreign_act, foreign_add_norm, foreign_norm, is_foreign, is_timms
-from fusedres.nn import OWN_NORMS, BatchNormAct2d, batch_norm_state
+from fusedres.fusion.foreign import computes_one_norm, is_timms, timms_act
+from fusedres.nn import BatchNormAct2d, batch_norm_state
 
 # A layer is a module, whose tensors are read at each call, or what its function takes after the input.
 BatchNorm: TypeAlias = "BatchNormAct2d | BatchNormState"
 Linear: TypeAlias = "nn.Linear | tuple[Tensor, Tensor | None]"
 LayerNorm: TypeAlias = "nn.LayerNorm | tuple[Sequence[int], Tensor | None, Tensor | None, float]"
 MaxPool: TypeAlias = "nn.MaxPool2d | tuple[Any, ...]"  # kernel_size, stride, padding, dilation, ceil_mode
-Ended: TypeAlias = "tuple[Tensor, Tensor | None]"
-FORK, POOL = "fork", "pool"  # how a value ends, see end()
+FORK, POOL = "fork", "pool"  # how a value ends, see norm_act()
 OWN_ACT = "own"  # the activation of the BatchNormAct2d that is called
 
 
@@ -44,27 +43,59 @@ def batch_norm(input: Tensor, norm: BatchNormState, act: str | None = None, resi
     return normalise(input, BatchNormState(*norm), residual, act)
 
 
-def norm_add(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None) -> Tensor:
+def norm_act(
+    norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None = None, ends: str | None = None
+) -> Any:
     """``act(norm(input) + residual)`` with eager's result, fused where the addition neither broadcasts nor casts.
 
-    ``changes`` is the operand that the addition changed in place, ``"norm"`` or ``"residual"``, if any: its dtype
-    is the result's.
+    Args:
+        residual: ``None`` where nothing is added.
+        changes: the operand that the addition changed in place, ``"norm"`` or ``"residual"``, if any: its dtype is the
+            result's.
+        ends: how the result is given: as it is (``None``), under two names (``FORK``) or averaged (``POOL``).
     """
-    if _can_add(input, residual, changes):
-        return _normalise(norm, input, residual, act)
-    return ended_norm(norm, input, residual, act, changes, None)[0]
+    if residual is not None and not _can_add(input, residual, changes):
+        out = _add(_normalise(norm, input, None, None), residual, changes)
+        return _end(torch.relu(out) if _act(norm, act) == "relu" else out, ends)
+    if ends is None or not _is_plain(norm) or (ends == POOL and input.dim() != 4):
+        return _end(_normalise(norm, input, residual, act), ends)
+    state, act = _state(norm, input), _act(norm, act)
+    if ends == FORK:
+        return forked_batch_norm_act(input, state, residual=residual, act=act)
+    return batch_norm_act_global_avg_pool2d(
+        input, *state[:7], residual=residual, act=act, num_batches_tracked=state[7]
+    )  # fmt: skip
 
 
 def norm_add_norm(
-    norm: BatchNorm, input: Tensor, other_norm: BatchNorm, other: Tensor, act: str | None, changes: str | None
-) -> Tensor:
-    """``act(norm(input) + other_norm(other))`` with eager's result; ``changes`` as in :func:`norm_add`."""
-    return ended_join(norm, input, other_norm, other, act, changes, None)[0]
+    norm: BatchNorm,
+    input: Tensor,
+    other_norm: BatchNorm,
+    other: Tensor,
+    act: str | None,
+    changes: str | None = None,
+    ends: str | None = None,
+) -> Any:
+    """``act(norm(input) + other_norm(other))`` with eager's result; ``changes`` and ``ends`` as in :func:`norm_act`."""
+    plain = _is_plain(norm) and _is_plain(other_norm)
+    if not plain or input.shape != other.shape or input.dtype != other.dtype or input.device != other.device:
+        return norm_act(norm, input, _normalise(other_norm, other, None, None), act, changes, ends)
+    arguments = input, other, _state(norm, input), _state(other_norm, other)
+    if ends == FORK:
+        return forked_batch_norm_add_batch_norm_act(*arguments, act=_act(norm, act))
+    return batch_norm_add_batch_norm_act(*arguments, act=_act(norm, act))
 
 
-def norm_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool) -> Tensor:
-    """``pool(act(norm(input)))`` with eager's result."""
-    return ended_max_pool(norm, input, act, pool, None)[0]
+def norm_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool, ends: str | None = None) -> Any:
+    """``pool(act(norm(input)))`` with eager's result; ``ends`` as in :func:`norm_act`."""
+    indices = isinstance(pool, nn.MaxPool2d) and pool.return_indices
+    if not _is_plain(norm) or input.dim() != 4 or indices:
+        out = _normalise(norm, input, None, act)
+        return _end(pool(out) if isinstance(pool, nn.MaxPool2d) else F.max_pool2d(out, *pool), ends)
+    if isinstance(pool, nn.MaxPool2d):
+        pool = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+    both = normalise_max_pool2d(input, _state(norm, input), _act(norm, act), pool, fork=ends == FORK)
+    return both if ends == FORK else both[0]
 
 
 def norm_conv(norm: BatchNorm, input: Tensor, act: str | None, conv: nn.Conv2d) -> Tensor:
@@ -78,64 +109,8 @@ def norm_conv(norm: BatchNorm, input: Tensor, act: str | None, conv: nn.Conv2d) 
     )  # fmt: skip
 
 
-def ended_norm(norm: BatchNorm, input: Tensor, residual: Any, act: str | None, changes: str | None, ends: Any) -> Ended:
-    """:func:`norm_add`, or without a residual ``act(norm(input))``, ended as ``ends`` says."""
-    if residual is not None and not _can_add(input, residual, changes):
-        out = _add(_normalise(norm, input, None, None), residual, changes)
-        return end(torch.relu(out) if _act(norm, act) == "relu" else out, ends)
-    if ends not in (FORK, POOL) or not _is_plain(norm) or (ends == POOL and input.dim() != 4):
-        return end(_normalise(norm, input, residual, act), ends)
-    state = _state(norm, input)
-    if ends == FORK:
-        return forked_batch_norm_act(input, state, residual=residual, act=_act(norm, act))
-    out = batch_norm_act_global_avg_pool2d(
-        input, *state[:7], residual=residual, act=_act(norm, act), num_batches_tracked=state[7]
-    )
-    return out, None
-
-
-def ended_join(
-    norm: BatchNorm,
-    input: Tensor,
-    other_norm: BatchNorm,
-    other: Tensor,
-    act: str | None,
-    changes: str | None,
-    ends: Any,
-) -> Ended:
-    """:func:`norm_add_norm`, ended as ``ends`` says."""
-    plain = _is_plain(norm) and _is_plain(other_norm)
-    if not plain or input.shape != other.shape or input.dtype != other.dtype or input.device != other.device:
-        return ended_norm(norm, input, _normalise(other_norm, other, None, None), act, changes, ends)
-    arguments = input, other, _state(norm, input), _state(other_norm, other)
-    if ends == FORK:
-        return forked_batch_norm_add_batch_norm_act(*arguments, act=_act(norm, act))
-    return end(batch_norm_add_batch_norm_act(*arguments, act=_act(norm, act)), ends)
-
-
-def ended_max_pool(norm: BatchNorm, input: Tensor, act: str | None, pool: MaxPool, ends: Any) -> Ended:
-    """:func:`norm_max_pool`, ended as ``ends`` says."""
-    indices = isinstance(pool, nn.MaxPool2d) and pool.return_indices
-    if not _is_plain(norm) or input.dim() != 4 or indices:
-        out = _normalise(norm, input, None, act)
-        return end(pool(out) if isinstance(pool, nn.MaxPool2d) else F.max_pool2d(out, *pool), ends)
-    if isinstance(pool, nn.MaxPool2d):
-        pool = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
-    out, fork = normalise_max_pool2d(input, _state(norm, input), _act(norm, act), pool, fork=ends == FORK)
-    return (out, fork) if ends == FORK else end(out, ends)
-
-
-def end(out: Tensor, ends: str | None) -> Ended:
-    """``out`` as it is (``None``), under two names (``FORK``) or averaged (``POOL``)."""
-    if ends == POOL:
-        return F.adaptive_avg_pool2d(out, 1), None
-    return out, (out if ends == FORK else None)
-
-
-def add_norm(
-    norm: nn.BatchNorm2d | BatchNormState, input: Any, residual: Any, in_place: bool, **act: Any
-) -> tuple[Tensor, Tensor]:
-    """``(s, norm(s))`` of ``s = input + residual``, or ``input += residual``; fused where that gives eager's result."""
+def add_norm(norm: BatchNorm, input: Any, residual: Any, in_place: bool, act: str | None) -> tuple[Tensor, Tensor]:
+    """``(s, act(norm(s)))`` of ``s = input + residual``, or ``input += residual``, with eager's result."""
     fused = (
         isinstance(input, Tensor)
         and isinstance(residual, Tensor)
@@ -146,21 +121,15 @@ def add_norm(
         # The statistics may be of the sum's dtype.
         and (input.dtype == residual.dtype or (not in_place and _is_single(norm)))
     )
-    if not fused:
-        if in_place:
-            input += residual
-        else:
-            input = input + residual
-    if isinstance(norm, tuple):
-        if not fused:
-            return input, batch_norm(input, norm, **act)
-        return add_batch_norm_act(input, residual, *norm[:7], num_batches_tracked=norm[7], **act)
-    if isinstance(norm, OWN_NORMS):
-        return norm.add(input, residual, **act) if fused else (input, norm(input, **act))
-    if not is_foreign(norm):
-        total = input + residual if fused else input
-        return total, norm(total)
-    return foreign_add_norm(norm, input, residual) if fused else (input, foreign_norm(norm, input))
+    if fused and isinstance(norm, BatchNormAct2d):
+        return norm.add(input, residual, act=act)
+    if fused and (isinstance(norm, tuple) or computes_one_norm(norm)):
+        return add_normalise(input, residual, _state(norm, input), _act(norm, act))
+    if in_place:
+        input += residual
+    else:
+        input = input + residual
+    return input, _normalise(norm, input, None, act)
 
 
 def _is_single(norm: nn.BatchNorm2d | BatchNormState) -> bool:
@@ -222,21 +191,11 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a hook would see ``module`` called, or not called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _is_plain(norm: BatchNorm) -> bool:
     """Whether the functions that span more than one layer take it; one that ranks share is on its own."""
-    return isinstance(norm, tuple) or type(norm) is BatchNormAct2d or _is_bare(norm)
-
-
-def _is_bare(norm: Any) -> bool:
-    """Whether it is timm's and applies no activation."""
-    return is_foreign(norm) and foreign_act(norm) is None
+    return (
+        isinstance(norm, tuple) or type(norm) is BatchNormAct2d or (computes_one_norm(norm) and timms_act(norm) is None)
+    )
 
 
 def _state(norm: BatchNorm, input: Tensor) -> BatchNormState:
@@ -244,18 +203,22 @@ def _state(norm: BatchNorm, input: Tensor) -> BatchNormState:
 
 
 def _act(norm: BatchNorm, act: str | None) -> str | None:
-    return act if act != OWN_ACT else norm.act if isinstance(norm, BatchNormAct2d) else None
+    if act != OWN_ACT:
+        return act
+    return norm.act if isinstance(norm, BatchNormAct2d) else timms_act(norm) if is_timms(norm) else None
+
+
+def _end(out: Tensor, ends: str | None) -> Any:
+    if ends == FORK:
+        return out, out
+    return F.adaptive_avg_pool2d(out, 1) if ends == POOL else out
 
 
 def _normalise(norm: BatchNorm, input: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
     """``act(norm(input) + residual)`` by the layer's own function."""
-    if isinstance(norm, tuple):
-        return batch_norm(input, norm, act, residual)
-    if type(norm) is BatchNormAct2d:
-        return normalise(input, batch_norm_state(norm, input), residual, _act(norm, act))
+    if _is_plain(norm):
+        return normalise(input, _state(norm, input), residual, _act(norm, act))
     if is_timms(norm):
-        if _is_bare(norm):
-            return normalise(input, batch_norm_state(norm, input), residual, act)
         out = norm(input) if residual is None else norm(input) + residual
         return torch.relu(out) if act == "relu" else out
     # By keyword: a normalisation that knows neither raises.

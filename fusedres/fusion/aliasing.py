@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fusedres.fusion.foreign import computes_one_norm
-from fusedres.fusion.runtime import linear_norm, linear_norm_add, linear_shape, norm_linear
+from fusedres.fusion.runtime import linear_shape, norm_and_linear
 from fusedres.fusion.watching import is_hooked, is_standard
 from fusedres.nn import OWN_NORMS
 
@@ -20,7 +20,7 @@ IN_PLACE_OPERATORS = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
 }
 _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
-_OWN_FUNCTIONS = {norm_linear, linear_norm, linear_norm_add, linear_shape}
+_OWN_FUNCTIONS = {norm_and_linear, linear_shape}
 IN_PLACE_ADDITIONS = {operator.iadd, "add_", "__iadd__"}
 _ADDITIONS = {*IN_PLACE_ADDITIONS, operator.add, torch.add, "add", "__add__"}
 _FRESH_FUNCTIONS = {

@@ -20,33 +20,33 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fusedres.fusion.rewriting import Call, Chain, Rewriter, describe
-from fusedres.fusion.runtime import is_plain, linear_norm, linear_norm_add, linear_shape, norm_linear
+from fusedres.fusion.runtime import is_plain, linear_shape, norm_and_linear
 from fusedres.fusion.watching import is_standard
+
+_PARAMETERS: dict[Any, dict[str, Any]] = {
+    F.linear: {"input": None, "weight": None, "bias": None},
+    F.layer_norm: {"input": None, "normalized_shape": None, "weight": None, "bias": None, "eps": 1e-5},
+}
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A call of a Linear or a LayerNorm: a child of the block at ``path``, or a function with ``arguments``."""
+    """A call of a Linear or a LayerNorm: ``operand`` is the path of a module, or what a function takes beside x."""
 
     node: fx.Node
     input: fx.Node | None
-    path: str
-    arguments: tuple[Any, ...]
-    reason: str | None
+    operand: Any
+    is_norm: bool
+    reason: str
 
     @property
     def name(self) -> str:
-        return self.path or describe(self.node)
+        return self.operand if isinstance(self.operand, str) else describe(self.node)
 
-
-@dataclass(frozen=True)
-class _Pair:
-    """A LayerNorm and a Linear that are next to each other: the one that runs first, what follows it, the other."""
-
-    first: _Layer
-    chain: Chain
-    second: _Layer
-    reason: str | None = None
+    @property
+    def row(self) -> str:
+        """The path of a module, or of the one that calls the function."""
+        return self.operand if isinstance(self.operand, str) else self.node.meta.get("owner", "")
 
 
 class LinearRewriter(Rewriter):
@@ -54,104 +54,89 @@ class LinearRewriter(Rewriter):
 
     def run(self) -> list[Call]:
         """A row for each LayerNorm that a Linear is near."""
-        norms = [node for node in self.graph.nodes if self._layer_norm(node) is not None]
-        for node in [node for node in self.graph.nodes if self._linear(node) is not None] + norms:
+        self.layers = {node: layer for node in self.graph.nodes if (layer := self._layer(node)) is not None}
+        for node in self.layers:
             self.name_in_place_results(node)
-        calls = [self._rewrite_call(node) for node in reversed(norms)]
+        norms = [layer for layer in self.layers.values() if layer.is_norm]
+        calls = [self._rewrite_call(norm) for norm in reversed(norms)]
         return [call for call in reversed(calls) if call is not None]
 
-    def _rewrite_call(self, node: fx.Node) -> Call | None:
-        norm = self._layer_norm(node)
-        assert norm is not None
-        behind, before = self._pair_behind(norm), self._pair_before(norm)
-        if isinstance(behind, _Pair) and behind.reason is None:
-            return self._fold_norm_linear(behind)
-        if isinstance(before, _Pair) and before.reason is None:
-            return self._fold_linear_norm(before)
-        reasons = [side.reason if isinstance(side, _Pair) else side for side in (behind, before)]
-        reason = "; ".join(dict.fromkeys(filter(None, reasons)))
-        return Call(self._row(norm), "ln", reason) if reason else None
+    def _rewrite_call(self, norm: _Layer) -> Call | None:
+        behind, why_not_behind = self._behind(norm)
+        if behind is not None:
+            return self._fold(norm, behind, norm_first=True)
+        before, why_not_before = self._before(norm)
+        if before is not None:
+            return self._fold(norm, before, norm_first=False)
+        reason = "; ".join(dict.fromkeys(filter(None, (why_not_behind, why_not_before))))
+        return Call(norm.row, "ln", reason) if reason else None
 
-    def _layer_norm(self, node: fx.Node) -> _Layer | None:
-        if node.op == "call_function" and node.target is F.layer_norm:
-            input, shape, *rest = _bind(node, input=None, normalized_shape=None, weight=None, bias=None, eps=1e-5)
-            reason = None
+    def _layer(self, node: fx.Node) -> _Layer | None:
+        module = self.values.module(node)
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            inputs = [*node.args, *node.kwargs.values()]
+            input: Any = inputs[0] if len(inputs) == 1 and node.kwargs.keys() <= {"input"} else None
+            operand: Any = str(node.target)
+            is_norm, reason = isinstance(module, nn.LayerNorm), self.refusal(module)
+        elif node.op == "call_function" and node.target in _PARAMETERS:
+            parameters = _PARAMETERS[node.target]
+            given = parameters | dict(zip(parameters, node.args, strict=False)) | node.kwargs
+            input, *operand = given.values()
+            is_norm, shape, reason = node.target is F.layer_norm, given.get("normalized_shape"), None
             if isinstance(shape, (tuple, list)) and len(shape) != 1:
                 reason = "it normalises over more than the last dimension"
-            return self._function(node, input, (shape, *rest), rest[:2], reason)
-        return self._child(node) if isinstance(self.values.module(node), nn.LayerNorm) else None
-
-    def _linear(self, node: fx.Node) -> _Layer | None:
-        if node.op == "call_function" and node.target is F.linear:
-            input, *weights = _bind(node, input=None, weight=None, bias=None)
-            return self._function(node, input, tuple(weights), weights)
-        return self._child(node) if isinstance(self.values.module(node), nn.Linear) else None
-
-    def _function(
-        self, node: fx.Node, input: Any, arguments: tuple[Any, ...], weights: list[Any], reason: str | None = None
-    ) -> _Layer:
-        if not all(weight is None or self._is_own(weight) for weight in weights):
-            reason = "its weights are not plain tensors of the block"
-        return _Layer(node, input, "", arguments, reason or _input_reason(input))
-
-    def _child(self, node: fx.Node) -> _Layer:
-        module = self.values.module(node)
-        assert module is not None
-        inputs = [*node.args, *node.kwargs.values()]
-        input: Any = inputs[0] if len(inputs) == 1 and node.kwargs.keys() <= {"input"} else None
-        return _Layer(node, input, str(node.target), (), self.refusal(module) or _input_reason(input))
+            if not all(given[name] is None or self._is_own(given[name]) for name in ("weight", "bias")):
+                reason = "its weights are not plain tensors of the block"
+        else:
+            return None
+        if reason is None and not isinstance(input, fx.Node):
+            reason = "it is not called with one input"
+        return _Layer(node, input, operand if isinstance(operand, str) else tuple(operand), is_norm, reason or "")
 
     def _is_own(self, weight: Any) -> bool:
-        """Whether it is a tensor below the block, of a plain kind."""
+        """Whether it is a tensor below the root, of a plain kind."""
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return False
         tensor = functools.reduce(getattr, str(weight.target).split("."), self.values.modules[""])
         return isinstance(tensor, Tensor) and is_plain(tensor)
 
-    def _pair_behind(self, norm: _Layer) -> _Pair | str | None:
-        """``norm`` and the Linear that reads it, or why there is none; ``None`` where no Linear is near."""
+    def _linear(self, node: fx.Node | None) -> _Layer | None:
+        layer = None if node is None else self.layers.get(node)
+        return None if layer is None or layer.is_norm else layer
+
+    def _behind(self, norm: _Layer) -> tuple[_Layer | None, str]:
+        """The Linear that reads ``norm`` and is folded with it, or why there is none; ``""`` where none is near."""
         chain = self.chain(norm.node)
         reader = chain.reader
         if reader is None:
-            near = any(self._reads(user, chain.last) for user in self.values.readers(chain.last))
-            return "its output is used more than once" if near else None
-        if reader.target in (linear_norm, linear_norm_add) and reader.args[0] is chain.last:
-            return "the Linear behind it is fused with the LayerNorm behind that"
-        linear = self._reads(reader, chain.last)
-        if linear is not None:
-            return self._pair(norm, chain, linear)
-        behind = self.chain(reader)
-        near = self._is_apart(reader) and behind.reader is not None and self._reads(behind.reader, behind.last)
-        return f"{self._name(reader)} is between it and the Linear behind it" if near else None
+            near = any(self._linear(user) for user in self.values.readers(chain.last))
+            return None, "its output is used more than once" if near else ""
+        if reader.target is norm_and_linear and reader.args[0] is chain.last:
+            return None, "the Linear behind it is fused with the LayerNorm behind that"
+        linear = self._linear(reader)
+        if linear is None or linear.input not in (chain.last, None):
+            near = self._is_apart(reader) and self._linear(self.chain(reader).reader)
+            return None, f"{self._name(reader)} is between it and the Linear behind it" if near else ""
+        return self._checked(norm, linear, norm, linear)
 
-    def _pair_before(self, norm: _Layer) -> _Pair | str | None:
-        """The Linear that ``norm`` reads and ``norm``, or why there is none; ``None`` where no Linear is near."""
+    def _before(self, norm: _Layer) -> tuple[_Layer | None, str]:
+        """The Linear that ``norm`` reads and is folded with it, or why there is none; ``""`` where none is near."""
         source = self._source(norm.input)
-        if source is None:
-            return None
         linear = self._linear(source)
-        if linear is None:
-            far = self._source(source.all_input_nodes[0]) if self._is_apart(source) else None
-            near = far is not None and self._linear(far) is not None
-            return f"{self._name(source)} is between it and the Linear in front of it" if near else None
-        chain = self.chain(source)
-        if chain.reader is not norm.node:
-            return f"the output of the Linear {linear.name} is used more than once"
-        return self._pair(linear, chain, norm)
+        if source is None or linear is None:
+            near = (
+                source is not None and self._is_apart(source) and self._linear(self._source(source.all_input_nodes[0]))
+            )
+            return None, f"{self._name(source)} is between it and the Linear in front of it" if near else ""
+        if self.chain(source).reader is not norm.node:
+            return None, f"the output of the Linear {linear.name} is used more than once"
+        return self._checked(norm, linear, linear, norm)
 
-    def _pair(self, first: _Layer, chain: Chain, second: _Layer) -> _Pair:
-        norm, linear = (second, first) if self._linear(first.node) else (first, second)
-        reason = norm.reason
-        if reason is None and linear.reason is not None:
-            reason = f"the Linear {linear.name}: {linear.reason}"
-        if reason is None and not self._can_wait(first, second.node):
+    def _checked(self, norm: _Layer, linear: _Layer, first: _Layer, second: _Layer) -> tuple[_Layer | None, str]:
+        reason = norm.reason or (f"the Linear {linear.name}: {linear.reason}" if linear.reason else "")
+        if not reason and not self._can_wait(first, second.node):
             reason = f"what {first.name} reads may change before {second.name} runs"
-        return _Pair(first, chain, second, reason)
-
-    def _reads(self, node: fx.Node, value: fx.Node) -> _Layer | None:
-        """The Linear that ``node`` calls on ``value``."""
-        linear = self._linear(node)
-        return linear if linear is not None and (linear.path or linear.input is value) else None
+        return (None if reason else linear), reason
 
     def _source(self, value: Any) -> fx.Node | None:
         """The node that ``value`` is, past nn.Identity."""
@@ -161,8 +146,7 @@ class LinearRewriter(Rewriter):
 
     def _is_apart(self, node: fx.Node) -> bool:
         """Whether ``node`` is an operation of one value, such as dropout or GELU, that keeps two layers apart."""
-        layer = self._linear(node) or self._layer_norm(node)
-        return layer is None and node.op.startswith("call_") and len(node.all_input_nodes) == 1
+        return node not in self.layers and node.op.startswith("call_") and len(node.all_input_nodes) == 1
 
     def _can_wait(self, first: _Layer, until: fx.Node) -> bool:
         """Whether ``first`` can run at ``until``: its input and all parameters are then what they were."""
@@ -170,41 +154,31 @@ class LinearRewriter(Rewriter):
         read = [first.input, *parameters]
         return not any(self.values.may_change_between(value, first.node, until) for value in read)
 
-    def _fold_norm_linear(self, pair: _Pair) -> Call:
-        norm, linear = pair.first, pair.second
-        tail = self.chain(linear.node)
-        act = self.act_behind(tail)
-        result = [*tail.nodes, act] if act is not None else [linear.node]
-        with self.graph.inserting_before(linear.node):
-            arguments = (norm.input, self._operand(norm), self._operand(linear), "relu" if act else None)
-            fused = self.graph.call_function(norm_linear, arguments)
-        self.replace(result, fused)
-        self.replace(pair.chain.nodes, norm.input)
-        return Call(self._row(norm), "ln_linear_act", "" if act else self._no_act(tail), acts=act is not None)
-
-    def _fold_linear_norm(self, pair: _Pair) -> Call:
-        linear, norm = pair.first, pair.second
-        chain = self.chain(norm.node)
+    def _fold(self, norm: _Layer, linear: _Layer, *, norm_first: bool) -> Call:
+        first, second = (norm, linear) if norm_first else (linear, norm)
+        gone, chain = self.chain(first.node).nodes, self.chain(second.node)
         act = self.act_behind(chain)
-        tail = self.chain(act) if act is not None else chain
-        add, obstacle = self._addition(linear, tail)
-        if act is None and add is None and self._has_norm_in_front(linear):
-            return Call(self._row(norm), "ln", "the Linear in front of it is fused with the LayerNorm in front of that")
-        gone, result = pair.chain.nodes, [*chain.nodes, act] if act is not None else [norm.node]
+        tail = chain if act is None else self.chain(act)
+        add, obstacle = (None, "") if norm_first else self._addition(first, tail)
+        if not norm_first and act is None and add is None and self._has_norm_in_front(linear):
+            return Call(norm.row, "ln", "the Linear in front of it is fused with the LayerNorm in front of that")
+        result = [second.node] if act is None else [*chain.nodes, act]
+        added: tuple[Any, Any] = (None, None)
         if add is not None:
+            added = self.residual(add, tail.last), self.changed_operand(add, tail.last)
             gone, result = [*gone, *chain.nodes, *(tail.nodes if act is not None else ())], [add]
-        with self.graph.inserting_before(add or norm.node):
-            arguments = (linear.input, self._operand(linear), self._operand(norm), "relu" if act else None)
-            if add is None:
-                fused = self.graph.call_function(linear_norm, arguments)
-            else:
-                added = (self.residual(add, tail.last), self.changed_operand(add, tail.last))
-                fused = self.graph.call_function(linear_norm_add, (*arguments, *added))
+        with self.graph.inserting_before(result[0]):
+            layers = self._operand(norm), self._operand(linear)
+            arguments = (first.input, *layers, norm_first, None if act is None else "relu", *added)
+            fused = self.graph.call_function(norm_and_linear, arguments)
         self.replace(result, fused)
-        self.replace(gone, self._shape(linear, gone))
-        notes = ("" if act else "no ReLU" if add else self._no_act(chain), "with the addition" if add else obstacle)
-        reason = ", ".join(filter(None, notes))
-        return Call(self._row(norm), "linear_ln_act", reason, acts=act is not None, adds=add is not None)
+        self.replace(gone, first.input if norm_first else self._shape(linear, gone))
+        no_act = (
+            "" if act else "no ReLU" if add or not chain.reader else f"no ReLU: followed by {self._name(chain.reader)}"
+        )
+        reason = ", ".join(filter(None, (no_act, "with the addition" if add else obstacle)))
+        pattern = "ln_linear_act" if norm_first else "linear_ln_act"
+        return Call(norm.row, pattern, reason, acts=act is not None, adds=add is not None)
 
     def _addition(self, linear: _Layer, tail: Chain) -> tuple[fx.Node | None, str]:
         """The addition behind ``tail`` that can be folded; else why not, if there is one."""
@@ -221,9 +195,8 @@ class LinearRewriter(Rewriter):
     def _has_norm_in_front(self, linear: _Layer) -> bool:
         """Whether a LayerNorm in front of ``linear`` can be fused with it."""
         source = self._source(linear.input)
-        norm = self._layer_norm(source) if source is not None else None
-        pair = self._pair_behind(norm) if norm is not None else None
-        return isinstance(pair, _Pair) and pair.reason is None
+        norm = self.layers.get(source) if source is not None else None
+        return norm is not None and norm.is_norm and self._behind(norm)[0] is not None
 
     def _shape(self, linear: _Layer, nodes: list[fx.Node]) -> fx.Node | None:
         """What stands for the shape of ``linear``'s output, where others than ``nodes`` read it from one of them."""
@@ -232,27 +205,11 @@ class LinearRewriter(Rewriter):
         with self.graph.inserting_before(linear.node):
             return self.graph.call_function(linear_shape, (linear.input, self._operand(linear)))
 
-    def _no_act(self, chain: Chain) -> str:
-        return "no ReLU" if chain.reader is None else f"no ReLU: followed by {self._name(chain.reader)}"
-
     def _name(self, node: fx.Node) -> str:
         """What ``node`` calls, for a reason; a child of a Sequential has no more than a number for a name."""
         module = self.values.module(node)
         return describe(node) if module is None else f"{describe(node)} ({type(module).__name__})"
 
-    def _row(self, norm: _Layer) -> str:
-        """The path of ``norm``, or of the module that calls the function."""
-        return norm.path or norm.node.meta.get("owner", "")
-
     def _operand(self, layer: _Layer) -> Any:
         """How a rewritten forward passes ``layer`` to the functions of ``runtime``."""
-        return self.graph.get_attr(layer.path) if layer.path else layer.arguments
-
-
-def _bind(node: fx.Node, **parameters: Any) -> list[Any]:
-    """The values of ``parameters``, given with their defaults, in a call of a function."""
-    return list((parameters | dict(zip(parameters, node.args, strict=False)) | node.kwargs).values())
-
-
-def _input_reason(input: Any) -> str | None:
-    return None if isinstance(input, fx.Node) else "it is not called with one input"
+        return self.graph.get_attr(layer.operand) if isinstance(layer.operand, str) else layer.operand

@@ -137,53 +137,45 @@ def _is_single(norm: nn.BatchNorm2d | BatchNormState) -> bool:
     return all(vector is None or vector.dtype == torch.float32 for vector in vectors)
 
 
-def norm_linear(input: Tensor, norm: LayerNorm, linear: Linear, act: str | None) -> Tensor:
-    """``act(linear(norm(input)))`` with eager's result, fused where tensors and shapes are the usual ones."""
-    if _on_reference(input):
-        return _activate(_run(linear, _run(norm, input)), act)
-    (shape, ln_weight, ln_bias, eps), (weight, bias) = _norm_arguments(norm), _linear_arguments(linear)
-    if _is_usual(input, weight, bias, weight.shape[1:], shape, ln_weight, ln_bias):
-        return layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
-    return _activate(_run(linear, _run(norm, input)), act)
-
-
-def linear_norm(input: Tensor, linear: Linear, norm: LayerNorm, act: str | None) -> Tensor:
-    """``act(norm(linear(input)))`` with eager's result, fused where tensors and shapes are the usual ones."""
-    if _on_reference(input):
-        return _activate(_run(norm, _run(linear, input)), act)
-    (weight, bias), (shape, ln_weight, ln_bias, eps) = _linear_arguments(linear), _norm_arguments(norm)
-    if _is_usual(input, weight, bias, weight.shape[:1], shape, ln_weight, ln_bias):
-        return linear_layer_norm_act(input, weight, bias, ln_weight, ln_bias, eps=eps, act=act)
-    return _activate(_run(norm, _run(linear, input)), act)
-
-
-def linear_norm_add(
-    input: Tensor, linear: Linear, norm: LayerNorm, act: str | None, residual: Any, changes: str | None
+def norm_and_linear(
+    input: Tensor,
+    norm: LayerNorm,
+    linear: Linear,
+    norm_first: bool,
+    act: str | None,
+    residual: Any = None,
+    changes: str | None = None,
 ) -> Tensor:
-    """``act(norm(linear(input))) + residual`` with eager's result; ``changes`` as in :func:`norm_add`."""
-    if _on_reference(input):
-        return _add(_activate(_run(norm, _run(linear, input)), act), residual, changes)
-    (weight, bias), (shape, ln_weight, ln_bias, eps) = _linear_arguments(linear), _norm_arguments(norm)
-    if (
-        _is_usual(input, weight, bias, weight.shape[:1], shape, ln_weight, ln_bias)
-        and isinstance(residual, Tensor)
+    """``act(linear(norm(input)))``, or the other way round and ``+ residual``, with eager's result.
+
+    Fused where tensors and shapes are the usual ones; ``changes`` as in :func:`norm_act`.
+    """
+    if not isinstance(input, Tensor) or takes_reference(input) or not _is_usual(input, norm, linear, norm_first):
+        out = _layer(linear, _layer(norm, input)) if norm_first else _layer(norm, _layer(linear, input))
+        out = out if act is None else out.relu_() if type(out) is Tensor else torch.relu(out)  # nobody else has seen it
+        return out if residual is None else _add(out, residual, changes)
+    (_, ln_weight, ln_bias, eps), (weight, bias) = _arguments(norm), _arguments(linear)
+    if norm_first:
+        return layer_norm_linear_act(input, ln_weight, ln_bias, weight, bias, eps=eps, act=act)
+    fits = (
+        isinstance(residual, Tensor)
         and residual.shape == (*input.shape[:-1], weight.shape[0])
         and residual.device == input.device
         and residual.is_floating_point()
         # Under autocast the dtype of what is added to is not the input's.
         and (changes is None or (residual.dtype == input.dtype and not autocasts(input)))
-    ):
-        return linear_layer_norm_act(
-            input, weight, bias, ln_weight, ln_bias, eps=eps, act=act, residual=residual
-        )  # fmt: skip
-    return _add(linear_norm(input, linear, norm, act), residual, changes)
+    )
+    out = linear_layer_norm_act(
+        input, weight, bias, ln_weight, ln_bias, eps=eps, act=act, residual=residual if fits else None
+    )  # fmt: skip
+    return out if fits or residual is None else _add(out, residual, changes)
 
 
 def linear_shape(input: Tensor, linear: Linear) -> Tensor:
     """A tensor of the shape and device of ``linear(input)``, for those who ask for no more; it takes no memory."""
     if not isinstance(input, Tensor):  # a symbolic trace has no dimensions yet
-        return _run(linear, input)
-    return input.new_empty(()).expand(*input.shape[:-1], *_linear_arguments(linear)[0].shape[:-1])
+        return _layer(linear, input)
+    return input.new_empty(()).expand(*input.shape[:-1], *_arguments(linear)[0].shape[:-1])
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -244,45 +236,29 @@ def _add(out: Tensor, residual: Any, changes: str | None) -> Tensor:
     return out + residual if changes is None else residual.clone().add_(out)
 
 
-def _run(layer: Linear | LayerNorm, input: Tensor) -> Tensor:
-    if isinstance(layer, nn.Module):
-        return layer(input)
-    return F.linear(input, *layer) if len(layer) == 2 else F.layer_norm(input, *layer)  # pyright: ignore
+def _layer(layer: Linear | LayerNorm, input: Tensor) -> Tensor:
+    """``layer(input)``, past the call of a module, which nobody watches here."""
+    arguments = _arguments(layer)
+    return F.linear(input, *arguments) if len(arguments) == 2 else F.layer_norm(input, *arguments)
 
 
-def _on_reference(input: Any) -> bool:
-    """Whether no kernel could run: the layers are called as they are."""
-    return isinstance(input, Tensor) and takes_reference(input)
+def _arguments(layer: Linear | LayerNorm) -> Any:
+    """What its function takes after the input."""
+    if not isinstance(layer, nn.Module):
+        return layer
+    own = layer._parameters  # past Module.__getattr__, which takes longer than all else here
+    both = "weight" in own and "bias" in own
+    weight, bias = (own["weight"], own["bias"]) if both else (layer.weight, layer.bias)
+    return (weight, bias) if isinstance(layer, nn.Linear) else (layer.normalized_shape, weight, bias, layer.eps)
 
 
-def _activate(out: Tensor, act: str | None) -> Tensor:
-    """``act(out)``, in place where ``out`` is a plain tensor: nobody else has seen it, and no backward reads it."""
-    if act is None:
-        return out
-    return out.relu_() if type(out) is Tensor else torch.relu(out)
-
-
-def _linear_arguments(linear: Linear) -> tuple[Tensor, Tensor | None]:
-    return (linear.weight, linear.bias) if isinstance(linear, nn.Module) else linear
-
-
-def _norm_arguments(norm: LayerNorm) -> tuple[Sequence[int], Tensor | None, Tensor | None, float]:
-    return (norm.normalized_shape, norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.Module) else norm
-
-
-def _is_usual(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    features: torch.Size,
-    shape: Sequence[int],
-    ln_weight: Tensor | None,
-    ln_bias: Tensor | None,
-) -> bool:
+def _is_usual(input: Tensor, norm: LayerNorm, linear: Linear, norm_first: bool) -> bool:
     """Whether the fused functions take what eager takes; what is unusual, or wrong, is left to eager."""
-    if not isinstance(input, Tensor) or input.is_nested or weight.dim() != 2 or tuple(shape) != tuple(features):
+    (shape, ln_weight, ln_bias, _), (weight, bias) = _arguments(norm), _arguments(linear)
+    if input.is_nested or input.dim() == 0 or weight.dim() != 2 or not input.is_floating_point():
         return False
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1] or not input.is_floating_point():
+    features = weight.shape[1:] if norm_first else weight.shape[:1]
+    if tuple(shape) != tuple(features) or input.shape[-1] != weight.shape[1]:
         return False
     if weight.dtype != input.dtype and not autocasts(input):
         return False

@@ -144,6 +144,12 @@ class Values:
             for node in between(start, end)
         )
 
+    def without_dead_nodes(self) -> None:
+        """Leave out what nobody reads."""
+        for node in reversed(self.graph.nodes):
+            if not node.users and self.is_pure(node):
+                self.graph.erase_node(node)
+
     def without_needless_clones(self) -> None:
         """Let the readers of a clone read its source where neither they nor anyone before them could tell."""
         for node in list(self.graph.nodes):

@@ -26,6 +26,7 @@ def match(root: nn.Module, graph: fx.Graph, refusal: Callable[[nn.Module], str |
         A row for each call of a normalisation, in the order of the calls, BatchNorms first.
     """
     values = Values(root, graph)
+    values.without_dead_nodes()
     before = len(graph.nodes)
     rows: list[fx.Node | Call] = []
     for node in graph.nodes:

@@ -121,7 +121,7 @@ class BatchNormRewriter(Rewriter):
         norm.kwargs = kwargs | {"residual": inputs[1], "other": paths[1]}
 
     def _move(self, norm: fx.Node, gone: list[fx.Node], result: list[fx.Node]) -> None:
-        """Let ``norm`` run where ``result`` begins, in its place; whoever reads metadata before reads that of its input."""
+        """Let ``norm`` run where ``result`` begins, in its place; metadata that is read before is its input's."""
         between = [norm, *gone]
         for node in between:
             node.replace_all_uses_with(norm.args[0], delete_user_cb=lambda user: user not in (*between, *result))

@@ -38,7 +38,7 @@ def test_one_graph_and_no_recompilation(build):
 def test_export(build, strict):
     model = fusedres.fuse(build()).eval()
     batch = {0: torch.export.Dim("batch", min=2)}
-    with mock.patch.object(runtime, "_run", side_effect=AssertionError("not fused")):
+    with mock.patch.object(runtime, "_layer", side_effect=AssertionError("not fused")):
         exported = torch.export.export(model, (rows(3, 8),), strict=strict, dynamic_shapes=(batch,))
     x = rows(5, 8)
     torch.testing.assert_close(exported.module()(x), model(x), **TOLERANCE)

@@ -19,31 +19,29 @@ IN_PLACE_OPERATORS = {
     name: getattr(operator, f"i{name}")
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
 }
-_OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
-_OWN_FUNCTIONS = {norm_and_linear, linear_shape}
 IN_PLACE_ADDITIONS = {operator.iadd, "add_", "__iadd__"}
 _ADDITIONS = {*IN_PLACE_ADDITIONS, operator.add, torch.add, "add", "__add__"}
-_FRESH_FUNCTIONS = {
-    *_OWN_FUNCTIONS, operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.relu,
-    F.linear, F.layer_norm, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.cat, torch.sigmoid,
-    F.avg_pool2d, F.adaptive_avg_pool2d, F.gelu, F.softmax, torch.mean,
-}  # fmt: skip
-_FRESH_METHODS = {"clone", "add", "sub", "mul", "div", "relu", "mean", "sigmoid"}
+_OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
+_OWN_FUNCTIONS = {norm_and_linear, linear_shape}
+# PyTorch's functions and methods, and Python's operators, that make a new tensor; and those that give one tensor.
+_FRESH = frozenset(
+    "add sub mul div truediv relu sigmoid gelu softmax mean clone cat linear layer_norm batch_norm conv1d conv2d conv3d "
+    "conv_transpose2d avg_pool2d adaptive_avg_pool2d".split()
+)
+_ONE_TENSOR = _FRESH | set(
+    "view reshape flatten permute transpose contiguous squeeze unsqueeze expand_as float to type_as add_ mul_ relu_ "
+    "relu6 silu hardswish hardsigmoid dropout max_pool2d interpolate pad".split()
+)
 _FRESH_MODULES = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, *OWN_NORMS, nn.LayerNorm,
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Sigmoid, nn.GELU,
 )  # fmt: skip
-_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "exponential")
-# What gives one tensor, whatever it is given.
-_TENSOR_MODULES = tuple(
+_ONE_TENSOR_MODULES = tuple(
     f"torch.nn.modules.{name}"
     for name in ("conv", "batchnorm", "linear", "activation", "dropout", "pooling", "normalization", "padding",
                  "upsampling", "flatten", "pixelshuffle", "instancenorm")
 )  # fmt: skip
-_TENSOR_FUNCTIONS = {torch.flatten, F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.dropout, F.max_pool2d,
-                     F.interpolate, F.pad, torch.add, torch.reshape, torch.squeeze}  # fmt: skip
-_TENSOR_METHODS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
-                   "expand_as", "softmax", "add_", "mul_", "relu_", "float", "to", "type_as"}  # fmt: skip
+_RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "exponential")
 _HARMLESS_ATTRIBUTES = ("dtype", "layout", "is_cuda", "requires_grad")
 _METADATA_METHODS = {"size", "dim", "numel", "ndimension"}
 _METADATA = {"shape", "ndim", "device"}
@@ -77,6 +75,8 @@ class Values:
             return False
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if node.target is print_function or any(word in name for word in (*_RANDOM, "assert")):
+            return False
+        if name.startswith("_") and not name.endswith("__"):  # of PyTorch's own, such as those that change modes
             return False
         if node.op == "call_function":  # those of torch.autograd see or write gradients
             return not str(getattr(node.target, "__module__", "")).startswith("torch.autograd")
@@ -114,13 +114,8 @@ class Values:
                 or (is_standard(module, nn.ReLU) and not getattr(module, "inplace", True))
                 or _is_timms_norm(module)
             )
-        if node.op == "call_method":
-            return node.target in _FRESH_METHODS
-        if node.op != "call_function":
-            return False
-        if node.target is F.relu:
-            return not self.mutates(node)
-        return node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
+        in_place = "out" in node.kwargs or (node.target is F.relu and self.mutates(node))
+        return node.target in _OWN_FUNCTIONS or (_name(node) in _FRESH and not in_place)
 
     def may_move(self, norm: fx.Node, start: fx.Node, end: fx.Node) -> bool:
         """Whether ``norm`` may run anywhere from ``start`` to ``end``: nothing else uses its statistics until then."""
@@ -219,16 +214,12 @@ def is_tensor(root: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         home = type(module).__module__
-        plain = home.startswith(_TENSOR_MODULES) or type(module) in OWN_NORMS or computes_one_norm(module)
+        plain = home.startswith(_ONE_TENSOR_MODULES) or type(module) in OWN_NORMS or computes_one_norm(module)
         indices = getattr(module, "return_indices", False) or isinstance(module, nn.MultiheadAttention)
         return plain and not indices and not is_hooked(module)
-    if node.op == "call_method":
-        return node.target in _FRESH_METHODS | _TENSOR_METHODS
-    if node.op != "call_function":
-        return False
-    if _namespace(node.target) == "_operator":  # of numbers too
-        return node.target in _FRESH_FUNCTIONS and any(is_tensor(root, operand) for operand in node.all_input_nodes)
-    return node.target in _FRESH_FUNCTIONS or node.target in _TENSOR_FUNCTIONS
+    if node.op == "call_function" and _namespace(node.target) == "_operator":  # of numbers too
+        return _name(node) in _FRESH and any(is_tensor(root, operand) for operand in node.all_input_nodes)
+    return node.target in _OWN_FUNCTIONS or _name(node) in _ONE_TENSOR
 
 
 def addition(node: fx.Node) -> list[Any]:
@@ -266,6 +257,14 @@ def _keeps_inputs(module: nn.Module | None) -> bool:
 def _is_timms_norm(module: Any) -> bool:
     """Of timm's BatchNormAct2d, which writes in place into its own result alone, with nobody watching."""
     return computes_one_norm(module) and is_standard(module, type(module))
+
+
+def _name(node: fx.Node) -> str:
+    """Of what ``node`` calls, where that is a method, a function of PyTorch's or an operator of Python's."""
+    if node.op == "call_method":
+        return str(node.target)
+    known = node.op == "call_function" and _namespace(node.target) in ("_operator", "torch")
+    return getattr(node.target, "__name__", "") if known else ""
 
 
 def _namespace(function: Any) -> str:

@@ -132,14 +132,13 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def original_classes(model: nn.Module) -> Iterator[None]:
-    """Modules that are fused already, as they were."""
-    fused = [(module, type(module), original_class(module)) for module in model.modules()]
+    """Modules whose forwards are rewritten, as they were."""
+    rewritten = [module for module in model.modules() if "_fusedres_region" in vars(module)]
+    fused = [(module, type(module), original_class(module)) for module in rewritten]
     for module, _, original in fused:
-        if original is not None:
-            module.__class__ = original
+        module.__class__ = original or type(module)
     try:
         yield
     finally:
-        for module, current, original in fused:
-            if original is not None:
-                module.__class__ = current
+        for module, current, _ in fused:
+            module.__class__ = current

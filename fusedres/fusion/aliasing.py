@@ -24,14 +24,15 @@ _ADDITIONS = {*IN_PLACE_ADDITIONS, operator.add, torch.add, "add", "__add__"}
 _OUTSIDE = object()  # the storage of inputs, parameters and buffers, which may overlap
 _OWN_FUNCTIONS = {norm_and_linear, linear_shape}
 # PyTorch's functions and methods, and Python's operators, that make a new tensor; and those that give one tensor.
-_FRESH = frozenset(
-    "add sub mul div truediv relu sigmoid gelu softmax mean clone cat linear layer_norm batch_norm conv1d conv2d conv3d "
-    "conv_transpose2d avg_pool2d adaptive_avg_pool2d".split()
-)
-_ONE_TENSOR = _FRESH | set(
-    "view reshape flatten permute transpose contiguous squeeze unsqueeze expand_as float to type_as add_ mul_ relu_ "
-    "relu6 silu hardswish hardsigmoid dropout max_pool2d interpolate pad".split()
-)
+_FRESH = {
+    "add", "sub", "mul", "div", "truediv", "relu", "sigmoid", "gelu", "softmax", "mean", "clone", "cat", "linear",
+    "layer_norm", "batch_norm", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "avg_pool2d", "adaptive_avg_pool2d",
+}  # fmt: skip
+_ONE_TENSOR = {
+    *_FRESH, "view", "reshape", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "expand_as",
+    "float", "to", "type_as", "add_", "mul_", "relu_", "relu6", "silu", "hardswish", "hardsigmoid", "dropout",
+    "max_pool2d", "interpolate", "pad",
+}  # fmt: skip
 _FRESH_MODULES = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, *OWN_NORMS, nn.LayerNorm,
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Sigmoid, nn.GELU,
@@ -191,20 +192,21 @@ class Values:
             return True
         return self.is_fresh(node) and not self.mutates(node)
 
-    def _storage(self, node: fx.Node) -> set[object]:
-        """Names of the memory that ``node`` may share; disjoint sets do not overlap."""
+    def sources(self, node: fx.Node) -> set[fx.Node]:
+        """The nodes whose memory ``node`` may share, itself among them."""
         seen: set[fx.Node] = set()
-        storage: set[object] = set()
         pending = [node]
         while pending:
             node = pending.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            storage.add(_OUTSIDE if node.op in ("placeholder", "get_attr") else node)
-            if not self.is_fresh(node):
-                pending += node.all_input_nodes
-        return storage
+            if node not in seen:
+                seen.add(node)
+                pending += [] if self.is_fresh(node) else node.all_input_nodes
+        return seen
+
+    def _storage(self, node: fx.Node) -> set[object]:
+        """Names of the memory that ``node`` may share; disjoint sets do not overlap."""
+        outside = ("placeholder", "get_attr")
+        return {_OUTSIDE if source.op in outside else source for source in self.sources(node)}
 
 
 def is_tensor(root: nn.Module, node: fx.Node) -> bool:

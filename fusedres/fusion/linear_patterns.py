@@ -19,14 +19,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fusedres.fusion.rewriting import Call, Chain, Rewriter, describe
+from fusedres.fusion.rewriting import Call, Chain, Rewriter, bind, describe
 from fusedres.fusion.runtime import is_plain, linear_shape, norm_and_linear
 from fusedres.fusion.watching import is_standard
-
-_PARAMETERS: dict[Any, dict[str, Any]] = {
-    F.linear: {"input": None, "weight": None, "bias": None},
-    F.layer_norm: {"input": None, "normalized_shape": None, "weight": None, "bias": None, "eps": 1e-5},
-}
 
 
 @dataclass(frozen=True)
@@ -78,9 +73,8 @@ class LinearRewriter(Rewriter):
             input: Any = inputs[0] if len(inputs) == 1 and node.kwargs.keys() <= {"input"} else None
             operand: Any = str(node.target)
             is_norm, reason = isinstance(module, nn.LayerNorm), self.refusal(module)
-        elif node.op == "call_function" and node.target in _PARAMETERS:
-            parameters = _PARAMETERS[node.target]
-            given = parameters | dict(zip(parameters, node.args, strict=False)) | node.kwargs
+        elif node.op == "call_function" and node.target in (F.linear, F.layer_norm):
+            given = bind(node)
             input, *operand = given.values()
             is_norm, shape, reason = node.target is F.layer_norm, given.get("normalized_shape"), None
             if isinstance(shape, (tuple, list)) and len(shape) != 1:

@@ -131,6 +131,22 @@ class Rewriter:
             return self.graph.call_function(operator.getitem, (node, 0)), second
 
 
+_PARAMETERS: dict[Any, dict[str, Any]] = {
+    F.batch_norm: {
+        "input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None, "training": False,
+        "momentum": 0.1, "eps": 1e-5,
+    },
+    F.linear: {"input": None, "weight": None, "bias": None},
+    F.layer_norm: {"input": None, "normalized_shape": None, "weight": None, "bias": None, "eps": 1e-5},
+}  # fmt: skip
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of F.batch_norm, F.linear or F.layer_norm, in their order."""
+    parameters = _PARAMETERS[node.target]
+    return parameters | dict(zip(parameters, node.args, strict=False)) | node.kwargs
+
+
 def describe(node: fx.Node) -> str:
     """What ``node`` calls, for a reason."""
     if node.op == "output":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fusedres.fusion.backend import fuse_captured
+from fusedres.fusion.dynamo import fuse_captured
 
 
 class Recorder:

@@ -20,7 +20,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 
 import fusedres
 from fusedres import models
-from fusedres.fusion.backend import compile_fused
+from fusedres.fusion.dynamo import compile_fused
 from tests import zoo
 from tests.fusion.captured import Recorder
 from tests.zoo import assert_same_steps, counts, images, randomise
@@ -229,14 +229,14 @@ def test_inductor_trains(caplog):
     pairs = [
         (run, torch.optim.SGD(module.parameters(), lr=0.1)) for run, module in ((compiled, model), (reference,) * 2)
     ]
-    with caplog.at_level("DEBUG", "fusedres.fusion.backend"):
+    with caplog.at_level("DEBUG", "fusedres.fusion.dynamo"):
         for _ in range(2):
             x, grad = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
             for run, optimizer in pairs:
                 optimizer.zero_grad()
                 run(x).backward(grad)
                 optimizer.step()
-    found = [record.getMessage() for record in caplog.records if record.name == "fusedres.fusion.backend"]
+    found = [record.getMessage() for record in caplog.records if record.name == "fusedres.fusion.dynamo"]
     assert found == ["{'bn_act': 1, 'bn_add_act': 1}"]
     for name, value in reference.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
@@ -273,7 +273,7 @@ SCRIPT = """
 import sys
 import torch
 import fusedres
-assert "fusedres.fusion.backend" not in sys.modules and "torch._inductor.compile_fx" not in sys.modules
+assert "fusedres.fusion.dynamo" not in sys.modules and "torch._inductor.compile_fx" not in sys.modules
 assert "fusedres" in torch.compiler.list_backends()
 model = fusedres.nn.BatchNormAct2d(3)
 compiled = torch.compile(model, backend="fusedres", options={"stop": "eager"}, fullgraph=True)

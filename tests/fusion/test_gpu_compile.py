@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres import models
-from fusedres.fusion.backend import compile_fused
+from fusedres.fusion.dynamo import compile_fused
 from tests import zoo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("triton_backend")]

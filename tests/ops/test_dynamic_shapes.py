@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedres
-from fusedres.fusion.backend import compile_fused
+from fusedres.fusion.dynamo import compile_fused
 from tests import zoo
 from tests.parameters import covering
 

@@ -16,22 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusedres.fusion.aliasing import Values
 from fusedres.fusion.matching import match
 from fusedres.fusion.options import Options
-from fusedres.fusion.rewriting import Call
+from fusedres.fusion.rewriting import Call, bind
 from fusedres.fusion.runtime import batch_norm, is_plain
-from fusedres.fusion.aliasing import Values
 from fusedres.nn import BatchNormAct2d
 
 _STAND_INS = {F.batch_norm: BatchNormAct2d, F.linear: nn.Linear, F.layer_norm: nn.LayerNorm}
-_PARAMETERS: dict[Any, dict[str, Any]] = {
-    F.batch_norm: {
-        "input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None, "training": False,
-        "momentum": 0.1, "eps": 1e-5,
-    },
-    F.linear: {"input": None, "weight": None, "bias": None},
-    F.layer_norm: {"input": None, "normalized_shape": None, "weight": None, "bias": None, "eps": 1e-5},
-}  # fmt: skip
 _log = logging.getLogger(__name__)
 State = tuple[Any, ...]  # what a function takes after its input
 
@@ -133,8 +125,8 @@ class _Lifted:
         for node in list(self.graph.nodes):
             if node in norms:
                 self._lift(node, norms[node])
-            elif node.target in (F.linear, F.layer_norm) and self._is_layer(node):
-                self._lift(node, tuple(_bind(node)[1:]))
+            elif node.target in (F.linear, F.layer_norm) and self._is_layer(**bind(node)):
+                self._lift(node, tuple(bind(node).values())[1:])
 
     def lower(self) -> None:
         """Call functions again: those of :mod:`fusedres.fusion.runtime` with a state in the place of a module."""
@@ -146,12 +138,10 @@ class _Lifted:
                 for user in list(node.users):
                     user.args = tuple(state if arg is node else arg for arg in user.args)
             else:
-                arguments = (node.args[0], state) if function is F.batch_norm else (*node.args, *state)
+                is_norm = function is F.batch_norm
+                target, arguments = (batch_norm, (node.args[0], state)) if is_norm else (function, (*node.args, *state))
                 with self.graph.inserting_before(node):
-                    call = self.graph.call_function(
-                        batch_norm if function is F.batch_norm else function, arguments, dict(node.kwargs)
-                    )
-                node.replace_all_uses_with(call)
+                    node.replace_all_uses_with(self.graph.call_function(target, arguments))
             self.graph.erase_node(node)
         for name in self.lifted:
             delattr(self.root, name)
@@ -166,15 +156,15 @@ class _Lifted:
         if node.target is F.batch_norm and state[-1] is not None:
             self.graph.erase_node(node.prev)
         with self.graph.inserting_before(node):
-            call = self.graph.call_module(name, (_bind(node)[0],))
+            call = self.graph.call_module(name, (bind(node)["input"],))
         call.meta = node.meta
         node.replace_all_uses_with(call)
         self.graph.erase_node(node)
 
     def _norm_states(self) -> dict[fx.Node, State]:
         """The BatchNorms that can be lifted, each with its state."""
-        nodes = [node for node in self.graph.nodes if node.target is F.batch_norm and self._is_norm(*_bind(node))]
-        states = {node: (*_bind(node)[1:], self._counter(node)) for node in nodes}
+        nodes = [node for node in self.graph.nodes if node.target is F.batch_norm and self._is_norm(**bind(node))]
+        states = {node: (*list(bind(node).values())[1:], self._counter(node)) for node in nodes}
         return {
             node: state
             for node, state in states.items()
@@ -182,76 +172,56 @@ class _Lifted:
         }
 
     def _is_norm(
-        self, input: Any, mean: Any, var: Any, weight: Any, bias: Any, training: Any, momentum: Any, eps: Any
+        self, input: Any, running_mean: Any, running_var: Any, training: Any, momentum: Any, eps: Any, **weights: Any
     ) -> bool:
         """Whether a call of F.batch_norm has tensors that the fused functions take, and nobody else changes them."""
         x = input.meta.get("example_value") if isinstance(input, fx.Node) else None
         if not isinstance(x, Tensor) or not is_plain(x) or not x.is_floating_point() or x.dim() < 2:
             return False
-        if not isinstance(training, bool) or not isinstance(momentum, float) or not isinstance(eps, float):
+        if tuple(map(type, (training, momentum, eps))) != (bool, float, float):
             return False
-        if (mean is None) != (var is None) or (mean is None and not training):
+        buffers = [buffer for buffer in (running_mean, running_var) if buffer is not None]
+        if len(buffers) == 1 or not (buffers or training):
             return False
-        vectors = [vector for vector in (mean, var, weight, bias) if vector is not None]
-        return all(
+        return all(self.sharers[_storage(buffer)] == 1 for buffer in buffers if self._is_kept(buffer)) and all(
             self._is_kept(vector)
             and (tensor := vector.meta["example_value"]).dim() == 1
             and tensor.dtype in (torch.float32, x.dtype)
             and tensor.device == x.device
-            for vector in vectors
-        ) and all(self.sharers[_storage(buffer)] == 1 for buffer in (mean, var) if buffer is not None)
+            for vector in (*buffers, *weights.values())
+            if vector is not None
+        )
 
     def _counter(self, norm: fx.Node) -> fx.Node | None:
         """The counter that is incremented right before ``norm`` and that nobody reads."""
-        if not _is_count(norm.prev) or not _bind(norm)[5]:
+        arguments = bind(norm)
+        if not _is_count(norm.prev) or not arguments["training"]:
             return None
         counter = norm.prev.all_input_nodes[0]
         one = counter.meta["example_value"]
         alone = self.sharers[_storage(counter)] == 1 and all(_is_count(user) for user in counter.users)
-        same_device = one.device == _bind(norm)[0].meta["example_value"].device
+        same_device = one.device == arguments["input"].meta["example_value"].device
         return counter if alone and same_device and one.dim() == 0 and not one.is_floating_point() else None
 
-    def _is_layer(self, node: fx.Node) -> bool:
+    def _is_layer(self, input: Any, weight: Any, bias: Any, normalized_shape: Any = (0,), **_: Any) -> bool:
         """Whether a call of F.linear or F.layer_norm has an input and parameters that nobody changes."""
-        input, *_ = arguments = _bind(node)
-        weight, bias = arguments[1:3] if node.target is F.linear else arguments[2:4]
-        if node.target is F.layer_norm:
-            shape = arguments[1]
-            if not isinstance(shape, (tuple, list)) or len(shape) != 1 or not isinstance(shape[0], int):
-                return False
-        return isinstance(input, fx.Node) and all(
-            self._is_kept(vector) for vector in (weight, bias) if vector is not None
-        )
+        if not isinstance(normalized_shape, (tuple, list)) or [type(size) for size in normalized_shape] != [int]:
+            return False
+        return isinstance(input, fx.Node) and all(self._is_kept(v) for v in (weight, bias) if v is not None)
 
     def _is_kept(self, value: Any) -> bool:
         """Whether it is an input of the graph, a plain tensor, that nothing but its BatchNorm changes."""
-        if not isinstance(value, fx.Node) or value.op != "placeholder" or _storage(value) is None:
-            return False
-        return _storage(value) not in self.changed
+        plain = isinstance(value, fx.Node) and value.op == "placeholder" and _storage(value) is not None
+        return plain and _storage(value) not in self.changed
 
     def _changed_storages(self) -> set[int | None]:
         """Of the inputs that may be changed in place, not counting what BatchNorms change."""
         changed: set[int | None] = set()
         for node in self.graph.nodes:
-            if node.target is F.batch_norm or _is_count(node) or not self.values.mutates(node):
-                continue
-            pending, seen = list(node.all_input_nodes), set[fx.Node]()
-            while pending:
-                value = pending.pop()
-                if value in seen:
-                    continue
-                seen.add(value)
-                if value.op == "placeholder":
+            if node.target is not F.batch_norm and not _is_count(node) and self.values.mutates(node):
+                for value in set().union(*map(self.values.sources, node.all_input_nodes)):
                     changed.add(_storage(value))
-                elif not self.values.is_fresh(value):
-                    pending += value.all_input_nodes
         return changed
-
-
-def _bind(node: fx.Node) -> list[Any]:
-    """The arguments of a call of one of the functions that are lifted."""
-    parameters = _PARAMETERS[node.target]
-    return list((parameters | dict(zip(parameters, node.args, strict=False)) | node.kwargs).values())
 
 
 def _is_count(node: fx.Node) -> bool:

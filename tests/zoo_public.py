@@ -74,14 +74,16 @@ def _densenet() -> nn.Module:
     return zoo.torchvision_models().DenseNet(8, (2, 2), 16, num_classes=5, drop_rate=0.3)
 
 
-def _deeplab() -> nn.Module:
+def _segmentation(kind: str) -> nn.Module:
     """With the head for training alone."""
     zoo.torchvision_models()
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
-    from torchvision.models.segmentation.fcn import FCNHead
+    from torchvision.models.segmentation.fcn import FCN, FCNHead
 
     backbone = IntermediateLayerGetter(_resnet("BasicBlock"), {"layer4": "out", "layer3": "aux"})
+    if kind == "fcn":
+        return FCN(backbone, FCNHead(512, 5), FCNHead(256, 5))
     return DeepLabV3(backbone, DeepLabHead(512, 5), FCNHead(256, 5))
 
 
@@ -93,7 +95,7 @@ SMALL = {
     "regnet": Entry(_regnet),
     "resnet": Entry(lambda: _resnet(width_per_group=16)),
     "shufflenet": Entry(_vision("shufflenet_v2_x0_5")),
-    "deeplabv3": Entry(_deeplab),
+    "deeplabv3": Entry(lambda: _segmentation("deeplabv3")),
     "timm resnet": Entry(_timm("resnet10t")),
     "timm seresnet": Entry(_timm("seresnet18", layers=ONES)),
     "timm resnetv2": Entry(lambda: zoo.timm_resnetv2("resnetv2_50", (1, 2))),
@@ -102,6 +104,21 @@ SMALL = {
     "timm cspresnet": Entry(_cspnet),
     "timm repvgg": Entry(_repvgg),
     "timm densenet": Entry(_timm("densenet121", block_config=(2, 2), growth_rate=8)),
+}
+# One a family: what is found in them is compared, and none is run.
+FAMILIES = SMALL | {
+    "googlenet": Entry(_vision("googlenet", init_weights=False), 64),
+    "mnasnet": Entry(_vision("mnasnet0_5")),
+    "mobilenet_v2": Entry(_vision("mobilenet_v2", width_mult=0.35)),
+    "mobilenet_v3": Entry(_vision("mobilenet_v3_small", width_mult=0.5)),
+    "lraspp": Entry(_vision("lraspp_mobilenet_v3_large")),
+    "fcn": Entry(lambda: _segmentation("fcn")),
+    "timm resnext": Entry(_timm("resnext50_32x4d", layers=ONES, base_width=1)),
+    "timm ecaresnet": Entry(_timm("ecaresnet26t", layers=ONES)),
+    "timm regnet": Entry(_timm("regnety_002")),
+    "timm skresnet": Entry(_timm("skresnet18", layers=ONES)),
+    "timm dla": Entry(_timm("dla46x_c")),
+    "timm vovnet": Entry(_timm("ese_vovnet19b_slim_dw")),
 }
 
 

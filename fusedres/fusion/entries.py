@@ -15,7 +15,7 @@ from fusedres.fusion.convert import is_taken
 from fusedres.fusion.foreign import timms_pattern, is_timms
 from fusedres.fusion.install import FusedRegion
 from fusedres.fusion.options import FUSIONS, Options
-from fusedres.fusion.refusals import OWN_BLOCKS, original_classes, sealed, walk
+from fusedres.fusion.refusals import OWN_BLOCKS, kind_of, original_classes, own_call, sealed, walk
 from fusedres.fusion.region import Plan, make_plans
 from fusedres.fusion.rewriting import Call
 from fusedres.nn import BatchNormAct2d, SyncBatchNormAct
@@ -72,10 +72,10 @@ def unfused(call: Call) -> str:
 
 def _calls(plan: Plan, names: dict[nn.Module, str], fused: bool, inside: bool) -> Iterator[Entry]:
     root = plan.module
-    if type(root) in OWN_BLOCKS:
-        call = replace(OWN_BLOCKS[type(root)], acts=getattr(root, "act", None) is not None)
-        norm = root.get_submodule(call.module)
-        yield Entry(names.get(norm, call.module), call, norm, root)
+    own = own_call(root)
+    if own is not None:
+        norm = root.get_submodule(own.module)
+        yield Entry(names.get(norm, own.module), own, norm, root)
         return
     left = fused and not inside
     made = [_now(root, call, left) for code in plan.codes[:1] for call in code.calls]
@@ -97,7 +97,7 @@ def _now(root: nn.Module, call: Call, left: bool) -> Call:
     """``call`` as it is made where the region around it was ``left`` alone."""
     norm = root.get_submodule(call.module)
     own = is_timms(norm) or (isinstance(norm, BatchNormAct2d) and not is_taken(norm))
-    if not left or own or call.pattern in ("bn", "ln"):
+    if not left or own or call.own or call.pattern in ("bn", "ln"):
         return call
     return Call(call.module, unfused(call), "its block was left alone")
 
@@ -127,24 +127,27 @@ def _as_called(root: nn.Module, call: Call) -> list[Call]:
 
 def _calls_not_found(plans: list[Plan], names: dict[nn.Module, str], found: set[nn.Module]) -> Iterator[Entry]:
     """Of normalisations that no graph shows, because a forward around them is left alone."""
-    reasons = {plan.name: plan.reason for plan in plans}
-    regions = [plan for plan in plans if not plan.reason]
     for norm, name in names.items():
         if norm in found or not isinstance(norm, (_BatchNorm, nn.LayerNorm)):
             continue
-        owners = ["", *(name[:end] for end, letter in enumerate(name) if letter == ".")]
-        reason = next((f"{o or 'the model'}: {reasons[o]}" for o in reversed(owners) if reasons.get(o)), None)
-        inside = max((len(plan.name) for plan in regions if name.startswith(plan.name)), default=-1)
-        left = max((len(o) for o in owners if reasons.get(o)), default=-1)
-        if reason is None and not any(o in reasons for o in owners if o != name):
-            reason = "no forward around it"
-        if reason is None or inside > left:
-            continue
+        around = [plan for plan in plans if not plan.name or name.startswith(f"{plan.name}.")]
+        inner = max(around, key=lambda plan: len(plan.name), default=None)
+        if inner is not None and not inner.reason:
+            continue  # a region that does not call it
+        reason = "no forward around it" if inner is None else _reason(inner)
         if isinstance(norm, _BatchNorm):
             pattern, why = timms_pattern(norm) if is_timms(norm) else ("bn", "")
             yield Entry(name, Call(name, pattern, "; ".join(filter(None, (reason, why)))), norm, norm)
-        elif any(isinstance(part, nn.Linear) for o, p in names.items() if p == owners[-1] for part in o.modules()):
+        elif inner is not None and any(type(part) is nn.Linear for part in inner.module.modules()):
             yield Entry(name, Call("", "ln", reason), norm, norm)
+    for plan in plans:
+        codes = [getattr(kind.__dict__.get("forward"), "__code__", None) for kind in kind_of(plan.module).__mro__]
+        if plan.reason and any("layer_norm" in code.co_names for code in codes if code is not None):
+            yield Entry(plan.name, Call("", "ln", _reason(plan)), plan.module, plan.module)
+
+
+def _reason(plan: Plan) -> str:
+    return f"{plan.name or 'the model'}: {plan.reason}"
 
 
 def _sealed_entries(name: str, module: nn.Module) -> Iterator[Entry]:

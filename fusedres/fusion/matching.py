@@ -15,6 +15,7 @@ from fusedres.fusion.linear_patterns import LinearRewriter
 from fusedres.fusion.options import Options
 from fusedres.fusion.patterns import BatchNormRewriter
 from fusedres.fusion.preact_sums import SumRewriter
+from fusedres.fusion.refusals import own_call
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import FORK, OWN_ACT, POOL, add_norm, norm_act, norm_add_norm, norm_conv, norm_max_pool
 
@@ -44,7 +45,9 @@ def match(root: nn.Module, graph: fx.Graph, refusal: Callable[[nn.Module], str |
         SumRewriter(values, refusal, options).run()
     rows = [row for row in rows if isinstance(row, Call) or not row._erased]
     EndRewriter(values, refusal, options).run([row for row in rows if isinstance(row, fx.Node)])
-    return [row if isinstance(row, Call) else _lower(values, row) for row in rows] + linear
+    called = {str(node.target): module for node in graph.nodes if (module := values.module(node)) is not None}
+    own = [call for path, module in called.items() if (call := own_call(module, path)) is not None]
+    return [row if isinstance(row, Call) else _lower(values, row) for row in rows] + linear + own
 
 
 def _odd_arguments(module: nn.Module, node: fx.Node) -> str | None:

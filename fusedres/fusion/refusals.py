@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
@@ -20,10 +21,18 @@ from fusedres.nn import OWN_NORMS, BatchNormActMaxPool2d, LayerNormLinear, Linea
 Filter = Callable[[nn.Module, str], bool]
 # Fused by those who built them; the pattern is reported under their LayerNorm.
 OWN_BLOCKS: dict[type[nn.Module], Call] = {
-    LayerNormLinear: Call("norm", "ln_linear_act"),
-    LinearLayerNorm: Call("norm", "linear_ln_act"),
-    ResidualMLPBlock: Call("norm", "linear_ln_act", "with the addition", adds=True),
+    LayerNormLinear: Call("norm", "ln_linear_act", own=True),
+    LinearLayerNorm: Call("norm", "linear_ln_act", own=True),
+    ResidualMLPBlock: Call("norm", "linear_ln_act", "with the addition", adds=True, own=True),
 }
+
+
+def own_call(block: nn.Module, path: str = "") -> Call | None:
+    """The row of one of ``OWN_BLOCKS`` at ``path``."""
+    call = OWN_BLOCKS.get(type(block))
+    if call is None:
+        return None
+    return replace(call, module=f"{path}.{call.module}".lstrip("."), acts=getattr(block, "act", None) is not None)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

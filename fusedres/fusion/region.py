@@ -183,7 +183,7 @@ def _trace_region(plan: Plan, refused: set[nn.Module], options: Options, dry: bo
 
 def is_fused(call: Call) -> bool:
     """Whether ``call`` is more than a BatchNorm that is called."""
-    return call.pattern not in ("bn", "ln") or call.forks
+    return not call.own and (call.pattern not in ("bn", "ln") or call.forks)
 
 
 def make_code(

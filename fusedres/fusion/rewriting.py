@@ -27,7 +27,7 @@ class Call:
     ``adds`` say what goes with a LayerNorm and a Linear, where the pattern's name does not. ``partner`` is the path of
     the other BatchNorm of a projection join; ``recomputes`` is whether the backward computes the output again, and
     ``forks`` whether it adds the gradients of two readers. ``window`` is that of a maximum pooling: kernel size,
-    stride, padding, dilation and ceil_mode.
+    stride, padding, dilation and ceil_mode. ``own`` is whether the user built the module so.
     """
 
     module: str
@@ -39,6 +39,7 @@ class Call:
     recomputes: bool = False
     forks: bool = False
     window: tuple[Any, ...] | None = None
+    own: bool = False
 
 
 @dataclass

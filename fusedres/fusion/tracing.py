@@ -141,7 +141,8 @@ def _traits(code: types.CodeType) -> tuple[str, bool]:
 
 
 def _is_torch_frame(frame: types.FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith(("torch.", "fusedres."))
+    name = str(frame.f_globals.get("__name__", ""))
+    return name == "torch" or name.startswith(("torch.", "fusedres."))
 
 
 class _Value(fx.Proxy):

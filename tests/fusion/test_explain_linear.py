@@ -114,7 +114,7 @@ def test_rows_too_long_for_a_kernel(monkeypatch):
     monkeypatch.setenv("FUSEDRES_BACKEND", "auto")
     with torch.device("meta"):
         model = nn.Sequential(nn.LayerNorm(2**20), nn.Linear(2**20, 4))
-    monkeypatch.setattr(sys.modules[fusedres.Explanation.__module__], "refusal", lambda device, dtype: None)
+    monkeypatch.setattr(sys.modules["fusedres.fusion.explain"], "refusal", lambda device, dtype: None)
     row = fusedres.explain(model).rows[0]
     assert (row["pattern"], row["path"]) == (LN_LINEAR, "reference")
     assert "no kernel normalises over more than" in row["reason"]

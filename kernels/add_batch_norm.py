@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels import tiling
-from fusedres.kernels.batch_norm_cooperative import batch_norm_fwd_cooperative
 from fusedres.kernels.batch_norm_forward import batch_norm_fwd_apply, batch_norm_fwd_on_chip, batch_norm_fwd_stats
 from fusedres.kernels.layout import rows
-from fusedres.kernels.workspace import num_sms
 
 
 def add_batch_norm_act_forward(
@@ -26,12 +24,10 @@ def add_batch_norm_act_forward(
     momentum: float | None,
     eps: float,
     act: str | None,
-    cooperative: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(s, y, stats) with the statistics of the batch: one launch where a channel tile fits on-chip, else two.
 
-    ``cooperative``: one launch too where all of s fits the GPU's registers together. The first of two reads x and the
-    residual and writes s, the second reads s and writes y.
+    The first of two reads x and the residual and writes s, the second reads s and writes y.
     """
     view, s = rows(x), _sum(x, residual)
     updates = (running_mean, running_var, num_batches_tracked, momentum, eps)
@@ -40,10 +36,6 @@ def add_batch_norm_act_forward(
     config = tiling.on_chip(view, s.itemsize) if one_layout else None
     if config is not None:
         y, stats, _ = batch_norm_fwd_on_chip(x, residual, view, config, weight, bias, *updates, act, False, s)
-        return s, y, stats
-    config = tiling.cooperative(view, s.itemsize, num_sms(x.device)) if cooperative and one_layout else None
-    if config is not None:
-        y, stats, _ = batch_norm_fwd_cooperative(x, residual, view, config, weight, bias, *updates, act, False, s)
         return s, y, stats
     stats = batch_norm_fwd_stats(x, view, weight, bias, *updates, residual, s)
     y, _ = batch_norm_fwd_apply(s, None, view, stats, None, None, None, eps, act, False)

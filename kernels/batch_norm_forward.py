@@ -377,22 +377,13 @@ def batch_norm_act_forward(
     eps: float,
     act: str | None,
     save_mask: bool,
-    cooperative: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, stats, mask) with the statistics of the batch: one launch where a channel tile fits on-chip, else two.
-
-    ``cooperative``: one launch too where all of x fits the GPU's registers together.
-    """
+    """(y, stats, mask) with the statistics of the batch: one launch where a channel tile fits on-chip, else two."""
     view = rows(x)
     updates = (running_mean, running_var, num_batches_tracked, momentum, eps)
     config = tiling.on_chip(view, x.itemsize)
     if config is not None:
         return batch_norm_fwd_on_chip(x, residual, view, config, weight, bias, *updates, act, save_mask)
-    config = tiling.cooperative(view, x.itemsize, num_sms(x.device)) if cooperative else None
-    if config is not None:
-        from fusedres.kernels.batch_norm_cooperative import batch_norm_fwd_cooperative  # which imports this file
-
-        return batch_norm_fwd_cooperative(x, residual, view, config, weight, bias, *updates, act, save_mask)
     stats = batch_norm_fwd_stats(x, view, weight, bias, *updates)
     y, mask = batch_norm_fwd_apply(x, residual, view, stats, None, None, None, eps, act, save_mask)
     return y, stats, mask

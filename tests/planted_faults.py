@@ -87,13 +87,6 @@ FAULTS = [
         [_CODEGEN, "-k", "test_telling_kernels and sm_80"],
     ),
     Fault(
-        "a wait that does not acquire",
-        "fusedres/kernels/batch_norm_cooperative.py",
-        'tl.atomic_add(counter_ptr, 0, sem="acquire"',
-        'tl.atomic_add(counter_ptr, 0, sem="relaxed"',
-        ["tests/kernels/test_cooperative.py", "-k", "test_waiting_acquires"],
-    ),
-    Fault(
         "E[x²] − E[x]²",
         _COMMON,
         "return mean_c, _average(m2 + spread * (count * spread), count, total)",

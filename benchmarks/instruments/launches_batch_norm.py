@@ -190,29 +190,6 @@ def sync_batch_norm_launches(
     return launches
 
 
-def cooperative_launches(
-    shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool, residual: bool, add: bool
-) -> list[Launch]:
-    """The forward in one cooperative launch, with a mask where there is a residual that is not added in front.
-
-    None where the shape does not fit the GPU.
-    """
-    from fusedres.kernels import tiling
-    from fusedres.kernels.batch_norm_cooperative import batch_norm_fwd_cooperative
-    from fusedres.kernels.layout import rows
-
-    x, vector = _activation(shape, dtype, channels_last), torch.empty(shape[1])
-    config = tiling.cooperative(rows(x), dtype.itemsize, SMS)
-    with recorded_launches() as launches:
-        if config is None:
-            return launches
-        batch_norm_fwd_cooperative(
-            x, x if residual else None, rows(x), config, vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5,
-            "relu", residual and not add, x if add else None,
-        )  # fmt: skip
-    return launches
-
-
 def join_launches(
     shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool, training: bool, fork: bool = False,
     act: str | None = "relu",
@@ -238,9 +215,6 @@ def _activation(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool)
     form = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, memory_format=form)
 
-
-COOPERATIVE_SHAPES = (((4, 64, 56, 56), True), ((2, 64, 56, 56), False), ((1, 67, 56, 56), True))
-COOPERATIVE = ({"residual": False, "add": False}, {"residual": True, "add": False}, {"residual": True, "add": True})
 
 # Every BatchNorm layer of the report; float32 with a residual in 16 bits, and the reverse, differ in the forward only.
 BATCH_NORM_LAYERS = (
@@ -273,8 +247,6 @@ def batch_norm_layers(dtypes: Sequence[torch.dtype]) -> Iterator[list[Launch]]:
         )  # fmt: skip
     for (shape, channels_last), dtype, residual in product(BATCH_NORM_SHAPES[:2], dtypes, modes):
         yield sync_batch_norm_launches(shape, dtype, channels_last=channels_last, residual=residual)
-    for (shape, channels_last), dtype, layer in product(COOPERATIVE_SHAPES, dtypes, COOPERATIVE):
-        yield cooperative_launches(shape, dtype, channels_last=channels_last, **layer)
 
 
 def training_step_launches(model: nn.Module, images: tuple[int, ...], dtype: torch.dtype) -> list[Launch]:

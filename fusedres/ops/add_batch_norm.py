@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fusedres.kernels.layout import contiguous, dense, dense_like
 from fusedres.ops.batch_norm_shared import finish_update, gradients
-from fusedres.ops.preference import cooperates
 from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
 
 
@@ -36,7 +35,7 @@ def _add_batch_norm_act(
     mean, var = contiguous(running_mean), contiguous(running_var)
     outputs = add_batch_norm_act_forward(
         x, dense_like(residual, x), contiguous(weight), contiguous(bias), mean, var, num_batches_tracked, momentum,
-        eps, act, cooperates(x, "add+bn+relu"),
+        eps, act,
     )  # fmt: skip
     finish_update(running_mean, running_var, num_batches_tracked, mean, var)
     return outputs

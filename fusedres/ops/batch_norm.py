@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fusedres.kernels.layout import contiguous, dense, dense_like
 from fusedres.ops.batch_norm_shared import finish_update, gradients
-from fusedres.ops.preference import cooperates, kind
 from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
 
 
@@ -50,7 +49,6 @@ def _batch_norm_act(
         eps,
         act,
         save_for_backward and _masked(residual, act),
-        cooperates(x, kind(residual, act)),
     )
     finish_update(running_mean, running_var, num_batches_tracked, mean, var)
     return out, out.new_empty(0), stats, mask

@@ -22,7 +22,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ENVIRONMENT: Any = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
-_KEYS = {name: os.environ.encodekey(name) for name in ("FUSEDRES_BACKEND", "FUSEDRES_COOPERATIVE")}
+_KEYS = {name: os.environ.encodekey(name) for name in ("FUSEDRES_BACKEND",)}
 _BACKEND = _KEYS["FUSEDRES_BACKEND"]
 _REFERENCE = os.environ.encodevalue("reference")
 _AUTO = (None, os.environ.encodevalue(""), os.environ.encodevalue("auto"))

@@ -5,8 +5,6 @@ each size, as the upper end of its 95% interval: below 1, ours are slower by mor
 of the measured size next to its own. ``python -m benchmarks prefer`` writes the file, from rows alone.
 
 A device that is not in it was not measured, and runs the kernels at every size: one launch in place of eager's two.
-The same file says at which sizes the cooperative launch of ``kernels/batch_norm_cooperative.py`` was measured to be
-faster than two launches; it is used nowhere else, unless ``FUSEDRES_COOPERATIVE=on`` asks for it.
 
 The host's time is part of what was measured, and none of it is left in a compiled function or a CUDA graph: there the
 kernels run at every size too. So they do in NCHW, which is not compared with eager, and with ``momentum=None``, where
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels.layout import is_channels_last
-from fusedres.ops.dispatch import backend, environment
+from fusedres.ops.dispatch import backend
 
 FILE = Path(__file__).with_name("preferences.json")
 TIMED = ("cuda",)  # kinds of devices on which kernels are compared
@@ -54,16 +52,6 @@ def slower_than_eager(
         return None
     ratio = measured_speed(device_name(device), kind, training, dtype, rows, channels)
     return ratio if ratio is not None and ratio < 1 else None
-
-
-def cooperates(x: Tensor, kind: str) -> bool:
-    """Whether the training forward of ``x`` is to be one cooperative launch, where it fits."""
-    chosen = environment("FUSEDRES_COOPERATIVE")
-    if not _MEASURED or chosen is not None or x.device.type not in TIMED:
-        return chosen == "on" and x.device.type in TIMED
-    rows, channels = x.numel() // x.shape[1], x.shape[1]
-    ratio = measured_speed(device_name(x.device), kind, True, x.dtype, rows, channels, "cooperative")
-    return ratio is not None and ratio > 1 and is_channels_last(x)
 
 
 @functools.lru_cache(KEPT)

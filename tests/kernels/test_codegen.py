@@ -36,7 +36,7 @@ DTYPES = {
 }
 # Kernels whose programs hand results to one another, and those with matrix instructions: what architectures and dtypes
 # do differently beside the number of registers.
-TELLING = {name for name in KERNELS if re.search(r"stats|reduce|cooperative|relu_bias|linear", name)}
+TELLING = {name for name in KERNELS if re.search(r"stats|reduce|relu_bias|linear", name)}
 
 
 def rows(arch: str, dtype: str, most: int | None = None) -> list[Row]:

@@ -114,27 +114,11 @@ def ranks(device: torch.device) -> list[Tensor]:
     return [sync.gradient(out, s, s, stats, sums * inverse, mask, "relu"), out, count]
 
 
-def cooperative(device: torch.device) -> list[Tensor]:
-    """Interpreted, one program a channel tile, for it may not wait for others."""
-    from fusedres.kernels import batch_norm_cooperative, layout, tiling
-
-    x = torch.randn(5, 40, *((33, 17) if device.type == "cuda" else (3, 3))).to(device)
-    config = tiling.cooperative(layout.rows(x), x.itemsize, 132)
-    assert config is not None and (config.programs > 1) == (device.type == "cuda")
-    vectors = [torch.ones(40, device=device) for _ in range(4)]
-    count = torch.zeros((), dtype=torch.int64, device=device)
-    y, *_ = batch_norm_cooperative.batch_norm_fwd_cooperative(
-        x, x, layout.rows(x), config, *vectors, count, 0.1, 1e-5, "relu", True
-    )
-    return [y, count]
-
-
 LAYERS = (  # the first of each layout fits on-chip, the second needs two launches and several programs a channel tile
     ((3, 20, 5, 3), True), ((5, 40, 33, 17), True), ((3, 20, 5, 3), False), ((5, 3, 33, 17), False),
 )  # fmt: skip
 CASES = {
     "batch_norm over ranks": ranks,
-    "cooperative batch_norm": cooperative,
     **{
         f"batch_norm {shape}, {'channels-last' if last else 'NCHW'}, {mode}": batch_norm(
             shape, last, mode == "training"

@@ -79,7 +79,7 @@ def diagnose() -> tuple[list[str], list[str]]:
     if device.type == "cuda" and refused and "FUSEDRES_BACKEND" not in refused:
         problems.append(f"the kernels are not used: {refused}")
     backend = f"{functional.path_for(refused)}: {refused}" if refused else f"triton, on {device}"
-    lines += _section("backend", [backend, *filter(None, [None if refused else functional.standing(device)])])
+    lines += _section("backend", [backend])
     lines += _section("environment", [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ])
     header = f"{'':54}{'path':10}{'forward':>10}{'eager':>10}{'backward':>10}{'eager':>10}"
     checks = [check(function, dtype, device) for function in FUNCTIONS for dtype in DTYPES]

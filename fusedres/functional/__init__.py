@@ -22,8 +22,6 @@ from fusedres.ops import multiplies_itself as multiplies_itself
 from fusedres.ops import path_for as path_for
 from fusedres.ops import pool_refusal as pool_refusal
 from fusedres.ops import refusal as refusal
-from fusedres.ops import slower_than_eager as slower_than_eager
-from fusedres.ops import standing as standing
 from fusedres.ops import takes_reference as takes_reference
 from fusedres.reference import Extent as Extent  # for nn
 

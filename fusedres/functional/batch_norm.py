@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedres import ops, reference
 from fusedres.functional.checks import BatchNormState, check_batch_norm, is_usual, needs_grad
-from fusedres.ops import eager_is_faster, is_known, kind, sync_batch_norm_act, takes_reference, use_kernels
+from fusedres.ops import is_known, sync_batch_norm_act, takes_reference, use_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,8 +107,7 @@ def _batch_norm_act(
 ) -> tuple[Tensor, Tensor]:
     """The output twice: with ``fork`` under two names, where a gradient is needed and the kernels run."""
     mean, var, weight, bias, training, momentum, eps, count = norm
-    covered = use_kernels(input, residual, *norm.tensors)
-    if not covered or eager_is_faster(input, kind(residual, act, fork), training, momentum):
+    if not use_kernels(input, residual, *norm.tensors):
         out = reference.batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=count)
         return out, out
     save_for_backward = needs_grad(input, residual, weight, bias)
@@ -169,9 +168,7 @@ def add_normalise(
     check_batch_norm(input, norm, residual, act, shared=shared, dtype=dtype)
     if shared:
         return _synchronised(input, residual, norm, act, group, added=True)
-    if not use_kernels(input, residual, *norm.tensors) or eager_is_faster(
-        input, "add+bn+relu", norm.training, norm.momentum
-    ):
+    if not use_kernels(input, residual, *norm.tensors):
         return reference.add_normalise(input, residual, norm, act=act)
     mean, var, weight, bias, training, momentum, eps, count = norm
     save_for_backward = needs_grad(input, residual, weight, bias)

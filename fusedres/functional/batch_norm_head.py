@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fusedres import ops, reference
 from fusedres.functional.checks import BatchNormState, check_batch_norm, is_usual, needs_grad
-from fusedres.ops import eager_is_faster, takes_reference, use_kernels
+from fusedres.ops import takes_reference, use_kernels
 
 
 def batch_norm_act_global_avg_pool2d(
@@ -50,8 +50,7 @@ def batch_norm_act_global_avg_pool2d(
     check_batch_norm(input, norm, residual, act)
     if input.dim() != 4:
         raise ValueError(f"input must have 4 dimensions (N, C, H, W), got shape {tuple(input.shape)}")
-    covered = use_kernels(input, residual, *norm.tensors)
-    if not covered or eager_is_faster(input, "bn+add+relu+avgpool", training, momentum):
+    if not use_kernels(input, residual, *norm.tensors):
         return reference.batch_norm_act_global_avg_pool2d(
             input, *norm[:7], residual=residual, act=act, num_batches_tracked=num_batches_tracked
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedres import ops, reference
 from fusedres.functional.checks import BatchNormState, check_batch_norm, check_pooling, is_usual, needs_grad
-from fusedres.ops import eager_is_faster, pool_refusal, takes_reference, use_kernels
+from fusedres.ops import pool_refusal, takes_reference, use_kernels
 from fusedres.reference import Extent
 
 
@@ -77,8 +77,7 @@ def normalise_max_pool2d(
     mean, var, weight, bias, training, momentum, eps, count = norm
     check_batch_norm(input, norm, None, act)
     refused = pool_refusal(pooling.kernel_size, pooling.dilation, pooling.ceil_mode)
-    covered = use_kernels(input, *norm.tensors, reason=refused)
-    if not covered or eager_is_faster(input, "bn+relu+maxpool", training, momentum):
+    if not use_kernels(input, *norm.tensors, reason=refused):
         out = reference.normalise_max_pool2d(input, norm, pooling, act=act)
         return out, out
     save_for_backward = needs_grad(input, weight, bias)

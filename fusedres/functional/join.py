@@ -8,7 +8,7 @@ from torch import Tensor
 from fusedres import ops, reference
 from fusedres.functional.batch_norm import batch_norm_act
 from fusedres.functional.checks import BatchNormState, check_batch_norm, check_residual, is_usual, needs_grad
-from fusedres.ops import eager_is_faster, takes_reference, use_kernels
+from fusedres.ops import takes_reference, use_kernels
 
 
 def batch_norm_add_batch_norm_act(
@@ -74,9 +74,7 @@ def _join(
     check_batch_norm(input, norm, None, act, prefix="norm.")
     check_residual(other, input, input.shape, "other")
     check_batch_norm(other, other_norm, None, act, name="other", prefix="other_norm.")
-    covered = use_kernels(input, other, *norm.tensors, *other_norm.tensors)
-    momentum = None if other_norm.momentum is None else norm.momentum
-    if not covered or eager_is_faster(input, "bn+add+bn+relu", norm.training, momentum):
+    if not use_kernels(input, other, *norm.tensors, *other_norm.tensors):
         out = reference.batch_norm_add_batch_norm_act(input, other, norm, other_norm, act=act)
         return out, out
     if _is_two(input, other, norm, other_norm):

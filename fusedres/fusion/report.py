@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.functional import layer_norm_refusal, path_for, pool_refusal, refusal, slower_than_eager, standing
+from fusedres.functional import layer_norm_refusal, path_for, pool_refusal, refusal
 from fusedres.fusion.entries import Entry, find_entries, unfused
 from fusedres.fusion.foreign import TakenNorm
 from fusedres.fusion.plan import sealed, swap_refusal
@@ -20,13 +20,6 @@ from fusedres.nn import BatchNormAct2d
 
 COLUMNS = ("module", "pattern", "path", "reason")
 SAVED = "bytes_saved"
-# What the benchmarks call a pattern. They compare no layer without its ReLU, but for a plain BatchNorm.
-_KINDS = {
-    "bn": "bn", "bn_act": "bn+relu", "bn_add": "bn+add+relu", "bn_add_act": "bn+add+relu", "add_bn": "add+bn+relu",
-    "add_bn_act": "add+bn+relu", "bn_add_bn": "bn+add+bn+relu", "bn_add_bn_act": "bn+add+bn+relu",
-    "bn_act_maxpool": "bn+relu+maxpool", "bn_avgpool": "bn+add+relu+avgpool", "bn_act_avgpool": "bn+add+relu+avgpool",
-    "bn_add_avgpool": "bn+add+relu+avgpool", "bn_add_act_avgpool": "bn+add+relu+avgpool",
-}  # fmt: skip
 
 
 class Explanation:
@@ -49,15 +42,11 @@ class Explanation:
             ``bytes_saved`` (an int, or ``None`` where it is not known; see :func:`explain`).
         bytes_saved: the sum of the rows'; ``None`` without an input.
         note: why not all is known, where a forward could not be followed to its end.
-        standing: on a GPU, whether kernels were compared with PyTorch's own there, by which ``path`` is chosen.
     """
 
-    def __init__(
-        self, rows: list[dict[str, Any]], step: str | None = None, note: str = "", standing: str | None = None
-    ) -> None:
+    def __init__(self, rows: list[dict[str, Any]], step: str | None = None, note: str = "") -> None:
         self.rows = rows
         self.note = note
-        self.standing = standing
         self.bytes_saved = sum(row[SAVED] or 0 for row in rows) if step else None
         self._step = step
 
@@ -80,8 +69,6 @@ class Explanation:
             unknown = sum(row[SAVED] is None for row in self.rows)
             if unknown:
                 yield f"not known for {unknown} rows: {self.note or 'this input does not reach them as traced'}"
-        if self.standing:
-            yield self.standing
 
 
 def explain(model: nn.Module, input: Input | None = None) -> Explanation:
@@ -101,9 +88,6 @@ def explain(model: nn.Module, input: Input | None = None) -> Explanation:
     states, hooks (which are not run) and the model's own attributes stay as they are. ``None``, without ``input`` or
     where its value decides which way the forward goes.
 
-    With ``input``, ``path`` is also that of its size: where the benchmarks found PyTorch's own kernels to be faster on
-    the model's device, ``reference``, unless the call is compiled or captured in a CUDA graph or is not channels-last.
-
     Args:
         model: any module.
         input: ``None``; a shape, of the model's dtype and device; a tensor, also of the meta device; a tuple of
@@ -118,34 +102,9 @@ def explain(model: nn.Module, input: Input | None = None) -> Explanation:
     rows: list[dict[str, Any]] = []
     for entry in find_entries(model):
         row = _row(entry)
-        if sizes is not None and row["path"] == "triton":
-            row |= _by_size(entry, row["reason"], sizes)
         rows.append(row | {SAVED: None if sizes is None else _saved(entry, row["path"], sizes)})
     step = "training" if model.training else "inference"
-    known = standing(_device_and_dtype(model)[0]) if any(row["path"] == "triton" for row in rows) else None
-    return Explanation(rows, step if sizes else None, sizes.stopped if sizes else "", known)
-
-
-def _by_size(entry: Entry, reason: str, sizes: Sizes) -> dict[str, str]:
-    """What changes in a row where PyTorch's own kernels are faster at the size of a call."""
-    norm, device = entry.module, _device_and_dtype(entry.module, entry.block)[0]
-    calls = [record.get(norm, []) for record in sizes.blocks.get(entry.block, [])]
-    for seen in (made[entry.place] for made in calls if entry.place < len(made)):
-        if not isinstance(norm, nn.BatchNorm2d) or norm.momentum is None or seen.elements == 0:
-            continue
-        kind, channels = _kind(entry.call), norm.num_features
-        rows = seen.elements // channels
-        ratio = None if kind is None else slower_than_eager(device, kind, norm.training, seen.dtype, rows, channels)
-        if ratio is not None:
-            why = f"at [{rows}, {channels}] PyTorch's own kernels are faster: ours have {ratio:.2f} of their speed"
-            return {"path": "reference", "reason": "; ".join(filter(None, (why, reason)))}
-    return {}
-
-
-def _kind(call: Call) -> str | None:
-    """What the benchmarks call the layer; not all were measured."""
-    kind = _KINDS.get(call.pattern)
-    return "bn+add+relu+fork" if call.forks and kind in ("bn", "bn+relu", "bn+add+relu") else kind
+    return Explanation(rows, step if sizes else None, sizes.stopped if sizes else "")
 
 
 def _saved(entry: Entry, path: str, sizes: Sizes) -> int | None:

@@ -19,8 +19,4 @@ from fusedres.ops.dispatch import refusal as refusal
 from fusedres.ops.dispatch import takes_reference as takes_reference
 from fusedres.ops.dispatch import tf32 as tf32
 from fusedres.ops.dispatch import use_kernels as use_kernels
-from fusedres.ops.preference import eager_is_faster as eager_is_faster
-from fusedres.ops.preference import kind as kind
-from fusedres.ops.preference import slower_than_eager as slower_than_eager
-from fusedres.ops.preference import standing as standing
 from fusedres.ops.sync_batch_norm import sync_batch_norm_act as sync_batch_norm_act

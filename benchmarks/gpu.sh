@@ -58,7 +58,7 @@ note() { # note STAGE VERDICT SECONDS REMARK: a line of the summary, saved at on
     tar -C "$work" -czf "$work/logs.tar.gz" logs && cp "$work/logs.tar.gz" "$out/logs.tar.gz"
 }
 
-kernels=$(sed -n 's/^def \(_[a-z0-9_]*_kernel\)(.*/\1/p' kernels/*.py | paste -sd '|')
+kernels=$(sed -n 's/^def \(_[a-z0-9_]*_kernel\)(.*/\1/p' fusedres/kernels/*.py | paste -sd '|')
 
 judge() { # judge STAGE STATUS
     local log=$logs/$1.log

@@ -29,8 +29,8 @@ class Fault(NamedTuple):
     tests: Sequence[str]
 
 
-_COMMON, _FORWARD, _BACKWARD = (
-    f"fusedres/kernels/{name}.py" for name in ("_common", "batch_norm_forward", "batch_norm_backward")
+_COMMON, _STATISTICS, _BACKWARD = (
+    f"fusedres/kernels/{name}.py" for name in ("_common", "batch_norm_statistics", "batch_norm_backward")
 )
 _BATCH_NORM, _ADD, _CONV, _HEAD, _JOIN, _POOL, _LINEAR = (
     f"tests/functional/test_{name}.py"
@@ -60,14 +60,14 @@ FAULTS = [
     ),
     Fault(
         "a store without its mask",
-        _FORWARD,
+        _STATISTICS,
         "tl.store(partials_ptr + pid_m * C + offs_c, mean_c, mask=mask_c)",
         "tl.store(partials_ptr + pid_m * C + offs_c, mean_c)",
         [_BATCH_NORM, "-k", "test_shapes"],
     ),
     Fault(
         "a mask of one row too many",
-        _FORWARD,
+        _STATISTICS,
         "mask_m = (row0 + tl.arange(0, BLOCK_M) < M)[:, None]",
         "mask_m = (row0 + tl.arange(0, BLOCK_M) <= M)[:, None]",
         [_BATCH_NORM, "-k", "test_shapes"],
@@ -95,7 +95,7 @@ FAULTS = [
     ),
     Fault(
         "a running variance without Bessel's correction",
-        _FORWARD,
+        _STATISTICS,
         "unbiased = var * (M.to(tl.float32) / (M - 1).to(tl.float32))",
         "unbiased = var",
         [_BATCH_NORM, "-k", "test_momentum"],
@@ -153,7 +153,7 @@ FAULTS = [
     ),
     Fault(
         "ranks exchange variances for sums of squares",
-        _FORWARD,
+        _STATISTICS,
         "tl.store(stats_ptr + C + offs_c, var_c * rows, mask=mask_c)",
         "tl.store(stats_ptr + C + offs_c, var_c, mask=mask_c)",
         ["tests/distributed/test_sync_batch_norm.py", "-k", "test_as_one_process"],

@@ -20,7 +20,7 @@ from benchmarks.results import Row
 from benchmarks.suites.probe import CUDNN, TRITON, Probed
 from benchmarks.timing import Step
 from fusedres.functional import batch_norm_act
-from fusedres.kernels.batch_norm_forward import batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_statistics import batch_norm_fwd_stats
 from fusedres.kernels.layout import rows
 
 ROUNDS, TRIAL_ROUNDS = 50, 7

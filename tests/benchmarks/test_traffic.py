@@ -108,7 +108,7 @@ def test_a_product_that_moves_less_than_its_budget_is_refused() -> None:
 
 def test_every_kernel_is_measured() -> None:
     root = Path(__file__).parents[2]
-    sources = [path.read_text() for path in (root / "kernels").glob("*.py")]
+    sources = [path.read_text() for path in (root / "fusedres" / "kernels").glob("*.py")]
     kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
     rows = results.read(results.RESULTS / "cpu" / "traffic.jsonl")
     # Ranks merge vectors alone, whatever the activation is; test_sync_batch_norm counts their launches and bytes.

@@ -24,7 +24,7 @@ from tests.kernels.compiled import compiled
 pytestmark = pytest.mark.codegen
 KERNELS = {
     name
-    for path in (Path(__file__).parents[2] / "kernels").glob("*.py")
+    for path in (Path(__file__).parents[2] / "fusedres" / "kernels").glob("*.py")
     for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
 }
 DTYPES = {

@@ -64,7 +64,7 @@ def whole_memory() -> Iterator[None]:
 
 def test_statistics_bit_for_bit(record_property):
     """10⁵ launches of the last-arriver reduction: a store that overtakes its atomic would show here."""
-    from fusedres.kernels.batch_norm_forward import batch_norm_fwd_stats
+    from fusedres.kernels.batch_norm_statistics import batch_norm_fwd_stats
     from fusedres.kernels.layout import rows
 
     x = activation()

@@ -25,7 +25,7 @@ from fusedres.functional import (
 from tests.oracle import LINEAR_LN, LN_LINEAR, linear_inputs, run_linear
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
-KERNELS = Path(__file__).parents[2] / "kernels"
+KERNELS = Path(__file__).parents[2] / "fusedres" / "kernels"
 Case = Callable[[torch.device], list[Tensor]]  # what must be finite
 
 

@@ -1,7 +1,7 @@
 """Forward kernels of act(bn_a(a) + bn_b(b)), the join of a projection block, and their launchers.
 
-Statistics are those of ``batch_norm_forward``: one ``stats`` [4, C] for each input. Nothing is saved for the ReLU: the
-backward has both inputs to read in any case, and finds the sign again from them.
+Statistics are those of ``batch_norm_statistics``: one ``stats`` [4, C] for each input. Nothing is saved for the ReLU:
+the backward has both inputs to read in any case, and finds the sign again from them.
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -24,7 +24,7 @@ from fusedres.kernels._common import (
     _positive,
     _tile_offsets,
 )
-from fusedres.kernels.batch_norm_forward import _affine, _update_running, batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_statistics import _affine, _update_running, batch_norm_fwd_stats
 from fusedres.kernels.layout import Rows, rows
 from fusedres.kernels.tiling import Tiling
 from fusedres.kernels.workspace import counters, on_device

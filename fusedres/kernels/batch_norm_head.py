@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedres.kernels import tiling
 from fusedres.kernels._common import _aligned_extents, _moments, _normalise, _pack_bits, _positive
-from fusedres.kernels.batch_norm_forward import _affine, _load_affine, _update_running, batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_statistics import _affine, _load_affine, _update_running, batch_norm_fwd_stats
 from fusedres.kernels.layout import Rows, pooled_like, rows
 from fusedres.kernels.tiling import ImageTiling
 from fusedres.kernels.workspace import counters, on_device

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedres.kernels import tiling
 from fusedres.kernels._common import _normalise
-from fusedres.kernels.batch_norm_forward import _load_affine, batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_statistics import _load_affine, batch_norm_fwd_stats
 from fusedres.kernels.layout import MAX_WINDOW, Planes, Window, alignment, planes, rows
 from fusedres.kernels.workspace import on_device
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedres.kernels import tiling
-from fusedres.kernels.batch_norm_forward import batch_norm_fwd_apply, batch_norm_fwd_on_chip, batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_forward import batch_norm_fwd_apply, batch_norm_fwd_on_chip
+from fusedres.kernels.batch_norm_statistics import batch_norm_fwd_stats
 from fusedres.kernels.layout import rows
 
 

@@ -18,12 +18,8 @@ from torch import Tensor
 from fusedres.kernels import tiling
 from fusedres.kernels._common import _chan_merge, _moments, _rstd
 from fusedres.kernels.batch_norm_backward import Gradients, batch_norm_bwd_apply, batch_norm_bwd_reduce
-from fusedres.kernels.batch_norm_forward import (
-    _affine,
-    _batch_norm_fwd_stats_kernel,
-    _update_running,
-    batch_norm_fwd_apply,
-)
+from fusedres.kernels.batch_norm_forward import batch_norm_fwd_apply
+from fusedres.kernels.batch_norm_statistics import _affine, _batch_norm_fwd_stats_kernel, _update_running
 from fusedres.kernels.layout import rows
 from fusedres.kernels.workspace import counters, num_sms, on_device
 

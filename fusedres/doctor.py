@@ -153,7 +153,7 @@ def _call(library: Any, function: str, tensors: dict[str, Tensor], act: str | No
     training = {"training": True} if "running_var" in tensors else {}
     if "other" in tensors:
         norms = [
-            functional.BatchNormState(
+            functional.Norm(
                 *(tensors[prefix + name] for name in ("running_mean", "running_var", "weight", "bias")), training=True
             )
             for prefix in ("", "other_")

@@ -160,9 +160,9 @@ FAULTS = [
     ),
     Fault(
         "the backward keeps an activation",
-        "fusedres/ops/batch_norm_conv.py",
-        "            ctx.save_for_backward(x, stats, conv_weight)",
-        "            ctx.save_for_backward(x, stats, conv_weight)\n            ctx.kept = x.clone()",
+        "fusedres/ops/batch_norm_family.py",
+        "        ctx.save_for_backward(*family.saved(inputs, outputs, needs))",
+        "        ctx.save_for_backward(*family.saved(inputs, outputs, needs))\n        ctx.kept = inputs[0].clone()",
         [_CONV, "-k", "test_saved_for_backward"],
     ),
     Fault(

@@ -15,10 +15,11 @@ PACKAGE = ROOT / "fusedres"
 
 # unit -> other units of the package it may import, and distributions outside of the standard library
 MAY_IMPORT = {
-    "kernels": ({}, {"torch", "triton"}),
-    "reference": ({}, {"torch"}),
-    "ops": ({"kernels", "reference"}, {"torch", "triton"}),
-    "functional": ({"ops", "reference"}, {"torch"}),
+    "norm": ({}, {"torch"}),
+    "kernels": ({"norm"}, {"torch", "triton"}),
+    "reference": ({"norm"}, {"torch"}),
+    "ops": ({"norm", "kernels", "reference"}, {"torch", "triton"}),
+    "functional": ({"norm", "ops", "reference"}, {"torch"}),
     "nn": ({"functional"}, {"torch"}),
     "models": ({}, {"torch"}),
     "fusion": ({"nn", "functional"}, {"torch"}),

@@ -24,10 +24,11 @@ from fusedres.kernels._common import (
     _positive,
     _tile_offsets,
 )
-from fusedres.kernels.batch_norm_statistics import _affine, _load_affine, _update_running, batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_statistics import UNUSED, _affine, _load_affine, _update_running, batch_norm_fwd_stats
 from fusedres.kernels.layout import Rows, rows
 from fusedres.kernels.tiling import Tiling
 from fusedres.kernels.workspace import counters, on_device
+from fusedres.norm import Norm
 
 
 @triton.jit
@@ -110,25 +111,22 @@ def batch_norm_fwd_apply(
     residual: Tensor | None,
     view: Rows,
     stats: Tensor | None,
-    running: tuple[Tensor, Tensor] | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    running: Norm | None,
     act: str | None,
     save_mask: bool,
     s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, mask) from ``stats``, or from the running statistics, which then fill ``stats`` where it is given.
+    """(y, mask) from ``stats``, or from the statistics of ``running``, which then fill ``stats`` where it is given.
 
     Reads x and the residual, writes y and, if ``save_mask``, one bit an element; one launch. With ``s`` the residual
     is added before the normalisation, and the sum fills ``s``.
     """
     config = tiling.elementwise(view, (x if s is None else s).itemsize)
     y, mask = _outputs(x, residual, view, save_mask)
-    running_mean, running_var = running or (None, None)
+    mean, var, weight, bias, _, _, eps, _ = running or UNUSED
     with on_device(x.device):
         _batch_norm_fwd_apply_kernel[config.grid](
-            x, residual, stats, running_mean, running_var, weight, bias, y, mask if save_mask else s,
+            x, residual, stats, mean, var, weight, bias, y, mask if save_mask else s,
             view.M, view.C, view.S,
             EPS=eps, ADD=s is not None, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             TILES=config.tiles, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
@@ -141,13 +139,7 @@ def batch_norm_fwd_on_chip(
     residual: Tensor | None,
     view: Rows,
     config: Tiling,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
+    norm: Norm,
     act: str | None,
     save_mask: bool,
     s: Tensor | None = None,
@@ -156,12 +148,13 @@ def batch_norm_fwd_on_chip(
 
     With ``s`` the residual is added before the normalisation, and the sum fills ``s``.
     """
+    mean, var, weight, bias, _, momentum, eps, count = norm
     y, mask = _outputs(x, residual, view, save_mask)
     stats = x.new_empty((4, view.C), dtype=torch.float32)
     with on_device(x.device):
         _batch_norm_fwd_on_chip_kernel[config.grid](
-            x, residual, None if num_batches_tracked is None else counters(x.device), stats, weight, bias,
-            running_mean, running_var, num_batches_tracked, y, mask if save_mask else s,
+            x, residual, None if count is None else counters(x.device), stats, weight, bias, mean, var, count, y,
+            mask if save_mask else s,
             view.M, view.C, view.S, momentum,
             EPS=eps, ADD=s is not None, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
@@ -178,35 +171,24 @@ def _outputs(x: Tensor, residual: Tensor | None, view: Rows, save_mask: bool) ->
 def batch_norm_act_forward(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
+    norm: Norm,
     act: str | None,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, stats, mask) with the statistics of the batch: one launch where a channel tile fits on-chip, else two."""
     view = rows(x)
-    updates = (running_mean, running_var, num_batches_tracked, momentum, eps)
     config = tiling.on_chip(view, x.itemsize)
     if config is not None:
-        return batch_norm_fwd_on_chip(x, residual, view, config, weight, bias, *updates, act, save_mask)
-    stats = batch_norm_fwd_stats(x, view, weight, bias, *updates)
-    y, mask = batch_norm_fwd_apply(x, residual, view, stats, None, None, None, eps, act, save_mask)
+        return batch_norm_fwd_on_chip(x, residual, view, config, norm, act, save_mask)
+    stats = batch_norm_fwd_stats(x, view, norm)
+    y, mask = batch_norm_fwd_apply(x, residual, view, stats, None, act, save_mask)
     return y, stats, mask
 
 
 def batch_norm_act_inference_forward(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
+    norm: Norm,
     act: str | None,
     save_stats: bool,
     save_mask: bool,
@@ -214,7 +196,5 @@ def batch_norm_act_inference_forward(
     """(y, stats, mask) with the running statistics, in one launch; ``stats`` is empty unless ``save_stats``."""
     view = rows(x)
     stats = x.new_empty((4, view.C) if save_stats else 0, dtype=torch.float32)
-    y, mask = batch_norm_fwd_apply(
-        x, residual, view, stats if save_stats else None, (running_mean, running_var), weight, bias, eps, act, save_mask
-    )  # fmt: skip
+    y, mask = batch_norm_fwd_apply(x, residual, view, stats if save_stats else None, norm, act, save_mask)
     return y, stats, mask

@@ -18,6 +18,9 @@ from fusedres.kernels import tiling
 from fusedres.kernels._common import _aligned_extents, _arrive, _chan_merge, _load_sum, _moments, _tile_offsets
 from fusedres.kernels.layout import Rows
 from fusedres.kernels.workspace import counters, num_sms, on_device
+from fusedres.norm import Norm
+
+UNUSED = Norm(None, None)  # by kernels that are given the statistics
 
 
 @triton.jit
@@ -180,13 +183,7 @@ def _batch_norm_fwd_stats_kernel(
 def batch_norm_fwd_stats(
     x: Tensor,
     view: Rows,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
+    norm: Norm,
     residual: Tensor | None = None,
     s: Tensor | None = None,
 ) -> Tensor:
@@ -194,13 +191,13 @@ def batch_norm_fwd_stats(
 
     With ``residual`` the statistics are those of x + residual, rounded to the dtype of ``s``: reads both, fills ``s``.
     """
+    mean, var, weight, bias, _, momentum, eps, count = norm
     config = tiling.statistics(view, (x if s is None else s).itemsize, num_sms(x.device))
     stats = x.new_empty((4, view.C), dtype=torch.float32)
     partials = x.new_empty((2, config.programs, view.C), dtype=torch.float32)
     with on_device(x.device):
         _batch_norm_fwd_stats_kernel[config.channel_tiles, config.programs](
-            x, residual, s, counters(x.device), partials, stats, weight, bias, running_mean, running_var,
-            num_batches_tracked,
+            x, residual, s, counters(x.device), partials, stats, weight, bias, mean, var, count,
             view.M, view.C, view.S, momentum,
             EPS=eps, MERGE=False, CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, BLOCK_P=16, num_warps=config.num_warps,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedres import functional
 from fusedres.functional import (
-    BatchNormState,
+    Norm,
     add_batch_norm_act,
     batch_norm_act,
     batch_norm_act_global_avg_pool2d,
@@ -76,8 +76,7 @@ def forked(shape: tuple[int, ...], channels_last: bool, training: bool) -> Case:
                 torch.randn(shape).to(device, dtype).contiguous(memory_format=form).requires_grad_() for _ in range(2)
             )
             norms = [
-                BatchNormState(*(torch.ones(shape[1], device=device) for _ in range(3)), training=training)
-                for _ in range(2)
+                Norm(*(torch.ones(shape[1], device=device) for _ in range(3)), training=training) for _ in range(2)
             ]
             norms[0].weight.requires_grad_()
             joined = forked_batch_norm_add_batch_norm_act(x, other, *norms, act="relu")
@@ -108,7 +107,8 @@ def ranks(device: torch.device) -> list[Tensor]:
     vectors = [torch.ones(40, device=device) for _ in range(4)]
     message, s = sync.moments(x, x)
     count = torch.zeros((), dtype=torch.int64, device=device)
-    stats, inverse = sync.merge(torch.stack([message] * 3), *vectors, count, 0.1, 1e-5)
+    norm = Norm(*vectors, training=True, num_batches_tracked=count)
+    stats, inverse = sync.merge(torch.stack([message] * 3), norm)
     out, mask = sync.normalise(s, None, stats, "relu", True)
     sums, _ = sync.reduce(out, s, stats, mask, "relu", None)
     return [sync.gradient(out, s, s, stats, sums * inverse, mask, "relu"), out, count]

@@ -58,7 +58,7 @@ note() { # note STAGE VERDICT SECONDS REMARK: a line of the summary, saved at on
     tar -C "$work" -czf "$work/logs.tar.gz" logs && cp "$work/logs.tar.gz" "$out/logs.tar.gz"
 }
 
-kernels=$(sed -n 's/^def \(_[a-z0-9_]*_kernel\)(.*/\1/p' kernels/*.py | paste -sd '|')
+kernels=$(sed -n 's/^def \(_[a-z0-9_]*_kernel\)(.*/\1/p' fusedres/kernels/*.py | paste -sd '|')
 
 judge() { # judge STAGE STATUS
     local log=$logs/$1.log
@@ -121,7 +121,7 @@ fi
 networks=(--full --dtype bfloat16 --workload resnet50 --workload resnet34 --batch 256 --batch 128 --batch 32)
 tests=(-m pytest -p no:cacheprovider -q)
 # Ordering, streams and graphs, run after run; and in many processes what the sanitizer runs in one.
-bits=(tests/kernels/test_{gpu,gpu_join,gpu_linear,cooperative}.py "$launches")
+bits=(tests/kernels/test_{gpu,gpu_join,gpu_linear}.py "$launches")
 for entry in "${stages[@]}"; do
     name=${entry%:*}
     wanted "$name" || continue

@@ -16,7 +16,6 @@ import fusedres
 from benchmarks import rivals
 from benchmarks.errors import BenchmarkError
 from benchmarks.layers import fused
-from benchmarks.workers import variables
 
 EAGER, BASELINE = "eager", "eager channels-last"
 
@@ -132,21 +131,6 @@ def _fuse_and_capture(model: nn.Module) -> Callable[..., Any]:
     return Graphed(fused(model))
 
 
-class Cooperative:
-    """A fused module whose statistics are taken in one cooperative launch wherever they fit the GPU's registers."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._orig_mod = module
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        with variables({"FUSEDRES_COOPERATIVE": "on"}):
-            return self._orig_mod(*inputs)
-
-
-def _fuse_and_cooperate(model: nn.Module) -> Callable[..., Any]:
-    return Cooperative(fused(model))
-
-
 _NORMS = ("bn", "bn+relu", "bn+add+relu")
 PROVIDERS = {
     provider.name: provider
@@ -162,10 +146,6 @@ PROVIDERS = {
         Provider("fusedres + recompute", True, partial(fusedres.fuse, save="recompute"), quick=False, whole=True),
         Provider("fusedres + compile", True, _fuse_and_compile, compiles=True, quick=False),
         Provider("fusedres + CUDA graph", True, _fuse_and_capture, needs_gpu=True, replays=True),
-        Provider(
-            "fusedres + cooperative", True, _fuse_and_cooperate, needs_gpu=True, by_default=False,
-            layers=(*_NORMS, "add+bn+relu"),
-        ),
         Provider("attorch", False, rivals.attorch, needs_gpu=True, needs="attorch", layers=(*_NORMS, "ln-linear-relu")),
         Provider("cuDNN", True, rivals.cudnn, needs_gpu=True, needs="cudnn", layers=_NORMS),
     )

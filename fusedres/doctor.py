@@ -25,8 +25,7 @@ from fusedres import __version__, functional, reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 VARIABLES = (
-    "FUSEDRES_BACKEND", "FUSEDRES_COOPERATIVE", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR",
-    "CUDA_VISIBLE_DEVICES",
+    "FUSEDRES_BACKEND", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS",
 )  # fmt: skip
@@ -80,7 +79,7 @@ def diagnose() -> tuple[list[str], list[str]]:
     if device.type == "cuda" and refused and "FUSEDRES_BACKEND" not in refused:
         problems.append(f"the kernels are not used: {refused}")
     backend = f"{functional.path_for(refused)}: {refused}" if refused else f"triton, on {device}"
-    lines += _section("backend", [backend, *filter(None, [None if refused else functional.standing(device)])])
+    lines += _section("backend", [backend])
     lines += _section("environment", [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ])
     header = f"{'':54}{'path':10}{'forward':>10}{'eager':>10}{'backward':>10}{'eager':>10}"
     checks = [check(function, dtype, device) for function in FUNCTIONS for dtype in DTYPES]
@@ -154,7 +153,7 @@ def _call(library: Any, function: str, tensors: dict[str, Tensor], act: str | No
     training = {"training": True} if "running_var" in tensors else {}
     if "other" in tensors:
         norms = [
-            functional.BatchNormState(
+            functional.Norm(
                 *(tensors[prefix + name] for name in ("running_mean", "running_var", "weight", "bias")), training=True
             )
             for prefix in ("", "other_")

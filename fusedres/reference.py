@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedres.norm import Norm
+
 Extent: TypeAlias = "int | list[int] | tuple[int, ...]"  # of a window, in rows and columns
 
 
@@ -30,14 +32,12 @@ def batch_norm_act(
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """``act(batch_norm(input) + residual)``; arguments as :func:`fusedres.functional.batch_norm_act`."""
-    norm = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     return normalise(input, norm, residual=residual, act=act)
 
 
-def normalise(
-    input: Tensor, norm: tuple[Any, ...], *, residual: Tensor | None = None, act: str | None = None
-) -> Tensor:
-    """:func:`batch_norm_act`; ``norm`` holds its arguments after ``input`` and ``num_batches_tracked``."""
+def normalise(input: Tensor, norm: Norm, *, residual: Tensor | None = None, act: str | None = None) -> Tensor:
+    """:func:`batch_norm_act` with its arguments in one piece, as what follows."""
     mean, var, weight, bias, training, momentum, eps, count = norm
     if training and count is not None:
         count.add_(1)
@@ -106,14 +106,12 @@ def add_batch_norm_act(
     num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(s, act(batch_norm(s)))`` of ``s = input + residual``, as :func:`fusedres.functional.add_batch_norm_act`."""
-    norm = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     return add_normalise(input, residual, norm, act=act)
 
 
-def add_normalise(
-    input: Tensor, residual: Tensor, norm: tuple[Any, ...], *, act: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """:func:`add_batch_norm_act`, with ``norm`` as in :func:`normalise`."""
+def add_normalise(input: Tensor, residual: Tensor, norm: Norm, *, act: str | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`add_batch_norm_act`."""
     total = input + residual
     return total, normalise(total, norm, act=act)
 
@@ -183,26 +181,23 @@ def batch_norm_act_max_pool2d(
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """``max_pool2d(act(batch_norm(input)))``, as :func:`fusedres.functional.batch_norm_act_max_pool2d`."""
-    norm = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     return normalise_max_pool2d(input, norm, (kernel_size, stride, padding, dilation, ceil_mode), act=act)
 
 
-def normalise_max_pool2d(
-    input: Tensor, norm: tuple[Any, ...], window: tuple[Any, ...], *, act: str | None = None
-) -> Tensor:
-    """:func:`batch_norm_act_max_pool2d`, with ``norm`` as in :func:`normalise`."""
+def normalise_max_pool2d(input: Tensor, norm: Norm, window: tuple[Any, ...], *, act: str | None = None) -> Tensor:
+    """:func:`batch_norm_act_max_pool2d`."""
     return F.max_pool2d(normalise(input, norm, act=act), *window)
 
 
 def batch_norm_add_batch_norm_act(
-    input: Tensor, other: Tensor, norm: tuple[Any, ...], other_norm: tuple[Any, ...], *, act: str | None = None
+    input: Tensor, other: Tensor, norm: Norm, other_norm: Norm, *, act: str | None = None
 ) -> Tensor:
-    """``act(batch_norm(input) + batch_norm(other))``, ``input`` first; the norms hold the arguments after ``input``.
+    """``act(batch_norm(input) + batch_norm(other))``, ``input`` first.
 
     Arguments as :func:`fusedres.functional.batch_norm_add_batch_norm_act`.
     """
-    normalised = batch_norm_act(input, *norm[:7], num_batches_tracked=norm[7])
-    return batch_norm_act(other, *other_norm[:7], residual=normalised, act=act, num_batches_tracked=other_norm[7])
+    return normalise(other, other_norm, residual=normalise(input, norm), act=act)
 
 
 def layer_norm_linear_act(
@@ -252,20 +247,12 @@ def sync_moments(input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor
     return torch.cat((mean, var * count, x.new_full((1,), count))), s
 
 
-def sync_merge(
-    messages: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def sync_merge(messages: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """([4, C] of mean, rstd, scale and shift, [2, C] of 1/count and rstd/count) of ``messages`` [ranks, 2C + 1].
 
     Chan et al. (1983), over all ranks at once. Updates the running statistics.
     """
+    running_mean, running_var, weight, bias, _, momentum, eps, num_batches_tracked = norm
     channels = messages.shape[1] // 2
     means, m2, count = messages.split((channels, channels, 1), 1)
     total = count.sum()

@@ -29,8 +29,8 @@ class Fault(NamedTuple):
     tests: Sequence[str]
 
 
-_COMMON, _FORWARD, _BACKWARD = (
-    f"fusedres/kernels/{name}.py" for name in ("_common", "batch_norm_forward", "batch_norm_backward")
+_COMMON, _STATISTICS, _BACKWARD = (
+    f"fusedres/kernels/{name}.py" for name in ("_common", "batch_norm_statistics", "batch_norm_backward")
 )
 _BATCH_NORM, _ADD, _CONV, _HEAD, _JOIN, _POOL, _LINEAR = (
     f"tests/functional/test_{name}.py"
@@ -60,14 +60,14 @@ FAULTS = [
     ),
     Fault(
         "a store without its mask",
-        _FORWARD,
+        _STATISTICS,
         "tl.store(partials_ptr + pid_m * C + offs_c, mean_c, mask=mask_c)",
         "tl.store(partials_ptr + pid_m * C + offs_c, mean_c)",
         [_BATCH_NORM, "-k", "test_shapes"],
     ),
     Fault(
         "a mask of one row too many",
-        _FORWARD,
+        _STATISTICS,
         "mask_m = (row0 + tl.arange(0, BLOCK_M) < M)[:, None]",
         "mask_m = (row0 + tl.arange(0, BLOCK_M) <= M)[:, None]",
         [_BATCH_NORM, "-k", "test_shapes"],
@@ -87,13 +87,6 @@ FAULTS = [
         [_CODEGEN, "-k", "test_telling_kernels and sm_80"],
     ),
     Fault(
-        "a wait that does not acquire",
-        "fusedres/kernels/batch_norm_cooperative.py",
-        'tl.atomic_add(counter_ptr, 0, sem="acquire"',
-        'tl.atomic_add(counter_ptr, 0, sem="relaxed"',
-        ["tests/kernels/test_cooperative.py", "-k", "test_waiting_acquires"],
-    ),
-    Fault(
         "E[x²] − E[x]²",
         _COMMON,
         "return mean_c, _average(m2 + spread * (count * spread), count, total)",
@@ -102,7 +95,7 @@ FAULTS = [
     ),
     Fault(
         "a running variance without Bessel's correction",
-        _FORWARD,
+        _STATISTICS,
         "unbiased = var * (M.to(tl.float32) / (M - 1).to(tl.float32))",
         "unbiased = var",
         [_BATCH_NORM, "-k", "test_momentum"],
@@ -160,16 +153,16 @@ FAULTS = [
     ),
     Fault(
         "ranks exchange variances for sums of squares",
-        _FORWARD,
+        _STATISTICS,
         "tl.store(stats_ptr + C + offs_c, var_c * rows, mask=mask_c)",
         "tl.store(stats_ptr + C + offs_c, var_c, mask=mask_c)",
         ["tests/distributed/test_sync_batch_norm.py", "-k", "test_as_one_process"],
     ),
     Fault(
         "the backward keeps an activation",
-        "fusedres/ops/batch_norm_conv.py",
-        "            ctx.save_for_backward(x, stats, conv_weight)",
-        "            ctx.save_for_backward(x, stats, conv_weight)\n            ctx.kept = x.clone()",
+        "fusedres/ops/batch_norm_family.py",
+        "        ctx.save_for_backward(*family.saved(inputs, outputs, needs))",
+        "        ctx.save_for_backward(*family.saved(inputs, outputs, needs))\n        ctx.kept = inputs[0].clone()",
         [_CONV, "-k", "test_saved_for_backward"],
     ),
     Fault(

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINES = {"README.md": 150, "CONTRIBUTING.md": 100}
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = [ROOT / folder / "README.md" for folder in ("kernels", "benchmarks")]
+OTHERS = [ROOT / folder / "README.md" for folder in ("fusedres/kernels", "benchmarks")]
 # Lines of the README's table, in order: what `traffic` calls the function.
 WORKLOADS = (
     "batch_norm_act", "batch_norm_act + residual", "forked_batch_norm_act + residual", "add_batch_norm_act",

@@ -15,10 +15,11 @@ PACKAGE = ROOT / "fusedres"
 
 # unit -> other units of the package it may import, and distributions outside of the standard library
 MAY_IMPORT = {
-    "kernels": ({}, {"torch", "triton"}),
-    "reference": ({}, {"torch"}),
-    "ops": ({"kernels", "reference"}, {"torch", "triton"}),
-    "functional": ({"ops", "reference"}, {"torch"}),
+    "norm": ({}, {"torch"}),
+    "kernels": ({"norm"}, {"torch", "triton"}),
+    "reference": ({"norm"}, {"torch"}),
+    "ops": ({"norm", "kernels", "reference"}, {"torch", "triton"}),
+    "functional": ({"norm", "ops", "reference"}, {"torch"}),
     "nn": ({"functional"}, {"torch"}),
     "models": ({}, {"torch"}),
     "fusion": ({"nn", "functional"}, {"torch"}),
@@ -62,7 +63,7 @@ def test_direction(path: Path) -> None:
             assert top in sys.stdlib_module_names or top in distributions, f"{unit} imports {name}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda path: path.name)
 def test_kernels_know_neither_modules_nor_autograd(path: Path) -> None:
     for name in imports(path):
         assert not name.startswith(("torch.nn", "torch.autograd")), name
@@ -87,4 +88,11 @@ def test_every_source_has_a_place() -> None:
     assert {unit_of(path) for path in sources()} == set(MAY_IMPORT)
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders <= set(MAY_IMPORT), "a subpackage without a rule"
-    assert not (ROOT / "kernels" / "__init__.py").exists(), "a top-level package named kernels would collide"
+
+
+def test_the_link_to_the_kernels_is_no_package() -> None:
+    """For people; a checkout without links has a file there, and imports all the same."""
+    link = ROOT / "kernels"
+    target = link.readlink() if link.is_symlink() else Path(link.read_text())
+    assert target == Path("fusedres", "kernels")
+    assert not (PACKAGE / "kernels" / "__init__.py").exists(), "a top-level package named kernels would collide"

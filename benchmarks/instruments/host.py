@@ -83,7 +83,7 @@ def stub_gpu() -> Iterator[None]:
         enter(mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
         enter(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True))
         enter(mock.patch.object(workspace, "reserve", lambda device: slab))
-        for module in ("batch_norm_forward", "batch_norm_backward"):
+        for module in ("batch_norm_forward", "batch_norm_statistics", "batch_norm_backward"):
             enter(mock.patch(f"fusedres.kernels.{module}.counters", lambda device: counters(GPU)))
             enter(mock.patch(f"fusedres.kernels.{module}.on_device", lambda device: on_device(GPU)))
         yield

@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.instruments.codegen import Launch, recorded_launches
 from fusedres.kernels.layout import Window
+from fusedres.norm import Norm
 
 SMS = 132  # tiled as for an H100
 BATCH_NORM_SHAPES = (
@@ -60,14 +61,10 @@ def batch_norm_launches(
     vector = torch.empty(shape[1])
     with recorded_launches() as launches:
         if training:
-            count = torch.tensor(0)
-            out, stats, mask = batch_norm_act_forward(
-                x, other, vector, vector, vector, vector, count, 0.1, 1e-5, act, residual
-            )
+            out, stats, mask = batch_norm_act_forward(x, other, _norm(vector, training), act, residual)
         else:
-            out, stats, mask = batch_norm_act_inference_forward(
-                x, other, vector, vector, vector, vector, 1e-5, act, True, residual
-            )
+            norm = _norm(vector, training)
+            out, stats, mask = batch_norm_act_inference_forward(x, other, norm, act, True, residual)
         wanted = Gradients(torch.empty_like(x), other, vector, vector)
         saved = mask if mask.numel() else None
         batch_norm_act_backward(out, x, saved, stats, act, not training, wanted, out if fork else None, fork=fork)
@@ -81,7 +78,7 @@ def recomputation_launches(shape: tuple[int, ...], dtype: torch.dtype, *, channe
 
     x, stats = _activation(shape, dtype, channels_last), torch.empty(4, shape[1])
     with recorded_launches() as launches:
-        batch_norm_fwd_apply(x, None, rows(x), stats, None, None, None, 1e-5, "relu", False)
+        batch_norm_fwd_apply(x, None, rows(x), stats, None, "relu", False)
     return launches
 
 
@@ -103,14 +100,9 @@ def add_batch_norm_launches(
     vector = torch.empty(shape[1])
     with recorded_launches() as launches:
         if training:
-            count = torch.tensor(0)
-            s, out, stats = add_batch_norm_act_forward(
-                x, residual, vector, vector, vector, vector, count, 0.1, 1e-5, act
-            )  # fmt: skip
+            s, out, stats = add_batch_norm_act_forward(x, residual, _norm(vector, training), act)
         else:
-            s, out, stats = add_batch_norm_act_inference_forward(
-                x, residual, vector, vector, vector, vector, 1e-5, act, True
-            )
+            s, out, stats = add_batch_norm_act_inference_forward(x, residual, _norm(vector, training), act, True)
         wanted = Gradients(torch.empty_like(s), None, vector, vector)
         batch_norm_act_backward(out, s, None, stats, act, not training, wanted, torch.empty_like(s))
     return launches
@@ -130,15 +122,11 @@ def batch_norm_pool_launches(
     x, vector = _activation(shape, dtype, channels_last), torch.empty(shape[1])
     wanted = Gradients(torch.empty_like(x), None, vector, vector)
     with recorded_launches() as launches:
-        out, stats, winner = batch_norm_act_max_pool2d_forward(
-            x, window, vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5, "relu", True
-        )
+        out, stats, winner = batch_norm_act_max_pool2d_forward(x, window, _norm(vector, True), "relu", True)
         batch_norm_act_max_pool2d_backward(out, out if fork else None, x, stats, winner, window, False, wanted)
         if not fork:
             for save in (True, False):
-                batch_norm_act_max_pool2d_inference_forward(
-                    x, window, vector, vector, vector, vector, 1e-5, "relu", save
-                )  # fmt: skip
+                batch_norm_act_max_pool2d_inference_forward(x, window, _norm(vector, False), "relu", save)
             batch_norm_act_max_pool2d_backward(out, None, x, stats, winner, window, True, wanted)
     return launches
 
@@ -162,14 +150,10 @@ def batch_norm_head_launches(
     vector = torch.empty(shape[1])
     with recorded_launches() as launches:
         if training:
-            count = torch.tensor(0)
-            pooled, stats, mask = batch_norm_head_forward(
-                x, other, vector, vector, vector, vector, count, 0.1, 1e-5, act, residual
-            )  # fmt: skip
+            pooled, stats, mask = batch_norm_head_forward(x, other, _norm(vector, training), act, residual)
         else:
-            pooled, stats, mask = batch_norm_head_inference_forward(
-                x, other, vector, vector, vector, vector, 1e-5, act, True, residual
-            )
+            norm = _norm(vector, training)
+            pooled, stats, mask = batch_norm_head_inference_forward(x, other, norm, act, True, residual)
         wanted = Gradients(torch.empty_like(x), other, vector, vector)
         saved = mask if mask.numel() else None
         batch_norm_head_backward(pooled, x, saved, stats, act, not training, wanted)
@@ -186,30 +170,7 @@ def sync_batch_norm_launches(
     with recorded_launches() as launches:
         moments(x, x if residual else None)
         messages = torch.empty(8, 2 * shape[1] + 1)
-        merge(messages, vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5)
-    return launches
-
-
-def cooperative_launches(
-    shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool, residual: bool, add: bool
-) -> list[Launch]:
-    """The forward in one cooperative launch, with a mask where there is a residual that is not added in front.
-
-    None where the shape does not fit the GPU.
-    """
-    from fusedres.kernels import tiling
-    from fusedres.kernels.batch_norm_cooperative import batch_norm_fwd_cooperative
-    from fusedres.kernels.layout import rows
-
-    x, vector = _activation(shape, dtype, channels_last), torch.empty(shape[1])
-    config = tiling.cooperative(rows(x), dtype.itemsize, SMS)
-    with recorded_launches() as launches:
-        if config is None:
-            return launches
-        batch_norm_fwd_cooperative(
-            x, x if residual else None, rows(x), config, vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5,
-            "relu", residual and not add, x if add else None,
-        )  # fmt: skip
+        merge(messages, _norm(vector, True))
     return launches
 
 
@@ -218,29 +179,30 @@ def join_launches(
     act: str | None = "relu",
 ) -> list[Launch]:  # fmt: skip
     """The launches of one join of a projection block, forward and backward."""
-    from fusedres.kernels.batch_norm_join import Norm, batch_norm_join_forward, batch_norm_join_inference_forward
+    from fusedres.kernels.batch_norm_join import batch_norm_join_forward, batch_norm_join_inference_forward
     from fusedres.kernels.batch_norm_join_backward import Gradients, batch_norm_join_backward
 
     a, vector = _activation(shape, dtype, channels_last), torch.empty(shape[1])
-    norm = Norm(vector, vector, vector, vector, torch.tensor(0), 0.1, 1e-5)
+    norm = _norm(vector, training)
     with recorded_launches() as launches:
         if training:
             y, stats, other_stats = batch_norm_join_forward(a, a, norm, norm, act)
         else:
-            norm = norm._replace(num_batches_tracked=None, momentum=None)
             y, stats, other_stats = batch_norm_join_inference_forward(a, a, norm, norm, act, True)
         wanted = Gradients(a, a, torch.empty(4, shape[1]))
         batch_norm_join_backward(y, y if fork else None, a, a, stats, other_stats, act, not training, wanted)
     return launches
 
 
+def _norm(vector: torch.Tensor, training: bool) -> Norm:
+    count = torch.tensor(0) if training else None
+    return Norm(vector, vector, vector, vector, training, num_batches_tracked=count)
+
+
 def _activation(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     form = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, memory_format=form)
 
-
-COOPERATIVE_SHAPES = (((4, 64, 56, 56), True), ((2, 64, 56, 56), False), ((1, 67, 56, 56), True))
-COOPERATIVE = ({"residual": False, "add": False}, {"residual": True, "add": False}, {"residual": True, "add": True})
 
 # Every BatchNorm layer of the report; float32 with a residual in 16 bits, and the reverse, differ in the forward only.
 BATCH_NORM_LAYERS = (
@@ -273,8 +235,6 @@ def batch_norm_layers(dtypes: Sequence[torch.dtype]) -> Iterator[list[Launch]]:
         )  # fmt: skip
     for (shape, channels_last), dtype, residual in product(BATCH_NORM_SHAPES[:2], dtypes, modes):
         yield sync_batch_norm_launches(shape, dtype, channels_last=channels_last, residual=residual)
-    for (shape, channels_last), dtype, layer in product(COOPERATIVE_SHAPES, dtypes, COOPERATIVE):
-        yield cooperative_launches(shape, dtype, channels_last=channels_last, **layer)
 
 
 def training_step_launches(model: nn.Module, images: tuple[int, ...], dtype: torch.dtype) -> list[Launch]:

@@ -6,7 +6,6 @@ import math
 
 from benchmarks.devices import BY_ARCH
 from benchmarks.instruments.codegen import TARGETS, Code, Launch
-from fusedres.kernels.tiling import RESIDENT_REGISTERS
 
 ACTIVATIONS = ("x_ptr", "residual_ptr", "dy_ptr", "other_ptr", "g_ptr", "z_ptr", "a_ptr", "b_ptr", "dfork_ptr")
 OUTPUTS = (
@@ -47,8 +46,6 @@ def _resources(launch: Launch, arch: str, code: Code) -> list[str]:
     if plain and code.registers > REGISTERS:
         found.append(f"{code.registers} registers, more than {REGISTERS}")
     found += [f"32-bit addresses of {name}" for name in sorted(code.narrow & {*ACTIVATIONS, *OUTPUTS})]
-    if "_cooperative_" in launch.name and code.registers > RESIDENT_REGISTERS:
-        found.append(f"{code.registers} registers: programs that others wait for would not be resident")
     published = {"partials_ptr", "counters_ptr"} <= launch.tensors.keys()  # to other programs of the launch
     if published and code.fenced is not True:
         found.append("no barrier between the stores of partial results and the counter")

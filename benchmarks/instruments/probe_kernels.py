@@ -16,7 +16,7 @@ from torch import Tensor
 from triton import knobs
 
 from fusedres.kernels._common import _arrive, _chan_merge, _normalise, _positive, _rstd
-from fusedres.kernels.batch_norm_forward import _merge_partials
+from fusedres.kernels.batch_norm_statistics import _merge_partials
 from fusedres.kernels.layout import alignment
 from fusedres.kernels.tiling import cdiv
 from fusedres.kernels.workspace import counters, num_sms

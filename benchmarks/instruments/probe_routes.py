@@ -20,8 +20,9 @@ from benchmarks.results import Row
 from benchmarks.suites.probe import CUDNN, TRITON, Probed
 from benchmarks.timing import Step
 from fusedres.functional import batch_norm_act
-from fusedres.kernels.batch_norm_forward import batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_statistics import batch_norm_fwd_stats
 from fusedres.kernels.layout import rows
+from fusedres.norm import Norm
 
 ROUNDS, TRIAL_ROUNDS = 50, 7
 Outcome = tuple[Tensor, Tensor | None]  # the output; mean and 1 / standard deviation of its channels
@@ -73,7 +74,7 @@ class Operands:
 
 
 def _statistics(y: Tensor) -> Tensor:
-    return batch_norm_fwd_stats(y, rows(y), None, None, None, None, None, 0.1, EPS)[:2]
+    return batch_norm_fwd_stats(y, rows(y), Norm(None, None, training=True, eps=EPS))[:2]
 
 
 def measure(case: Probed, device: torch.device) -> list[Row]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fusedres import ops, reference
-from fusedres.functional.checks import BatchNormState, check_batch_norm, is_usual, needs_grad
-from fusedres.ops import eager_is_faster, is_known, kind, sync_batch_norm_act, takes_reference, use_kernels
+from fusedres.functional.checks import check_batch_norm, is_usual, needs_grad
+from fusedres.norm import Norm
+from fusedres.ops import is_known, sync_batch_norm_act, takes_reference, use_kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,13 +66,13 @@ def batch_norm_act(
             Nothing has been updated then.
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
     """
-    norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     return normalise(input, norm, residual, act, group)
 
 
 def normalise(
     input: Tensor,
-    norm: BatchNormState,
+    norm: Norm,
     residual: Tensor | None = None,
     act: str | None = None,
     group: ProcessGroup | None = None,
@@ -87,7 +88,7 @@ def normalise(
 
 
 def forked_batch_norm_act(
-    input: Tensor, norm: BatchNormState, *, residual: Tensor | None = None, act: str | None = None
+    input: Tensor, norm: Norm, *, residual: Tensor | None = None, act: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`batch_norm_act` for two readers: the output under two names, one for each.
 
@@ -103,24 +104,15 @@ def forked_batch_norm_act(
 
 
 def _batch_norm_act(
-    input: Tensor, norm: BatchNormState, residual: Tensor | None, act: str | None, *, fork: bool
+    input: Tensor, norm: Norm, residual: Tensor | None, act: str | None, *, fork: bool
 ) -> tuple[Tensor, Tensor]:
     """The output twice: with ``fork`` under two names, where a gradient is needed and the kernels run."""
-    mean, var, weight, bias, training, momentum, eps, count = norm
-    covered = use_kernels(input, residual, *norm.tensors)
-    if not covered or eager_is_faster(input, kind(residual, act, fork), training, momentum):
-        out = reference.batch_norm_act(input, *norm[:7], residual=residual, act=act, num_batches_tracked=count)
+    if not use_kernels(input, residual, *norm.tensors):
+        out = reference.normalise(input, norm, residual=residual, act=act)
         return out, out
-    save_for_backward = needs_grad(input, residual, weight, bias)
+    save_for_backward = needs_grad(input, residual, norm.weight, norm.bias)
     fork = fork and save_for_backward
-    if training:
-        outputs = ops.batch_norm.batch_norm_act(
-            input, residual, weight, bias, mean, var, count, momentum, eps, act, fork, save_for_backward
-        )
-    else:
-        outputs = ops.batch_norm.batch_norm_act_inference(
-            input, residual, weight, bias, mean, var, eps, act, fork, save_for_backward
-        )
+    outputs = ops.batch_norm_act(input, residual, norm, act, fork, save_for_backward)
     return outputs[0], outputs[1 if fork else 0]
 
 
@@ -154,12 +146,12 @@ def add_batch_norm_act(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`batch_norm_act`, where ``input`` is the sum or a term of it.
     """
-    norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     return add_normalise(input, residual, norm, act, group)
 
 
 def add_normalise(
-    input: Tensor, residual: Tensor, norm: BatchNormState, act: str | None = None, group: ProcessGroup | None = None
+    input: Tensor, residual: Tensor, norm: Norm, act: str | None = None, group: ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`add_batch_norm_act` for those who have a ``norm`` in one piece."""
     if takes_reference(input) and group is None and is_usual(input, norm, residual, act):
@@ -169,26 +161,17 @@ def add_normalise(
     check_batch_norm(input, norm, residual, act, shared=shared, dtype=dtype)
     if shared:
         return _synchronised(input, residual, norm, act, group, added=True)
-    if not use_kernels(input, residual, *norm.tensors) or eager_is_faster(
-        input, "add+bn+relu", norm.training, norm.momentum
-    ):
+    if not use_kernels(input, residual, *norm.tensors):
         return reference.add_normalise(input, residual, norm, act=act)
-    mean, var, weight, bias, training, momentum, eps, count = norm
-    save_for_backward = needs_grad(input, residual, weight, bias)
-    if training:
-        return ops.add_batch_norm.add_batch_norm_act(
-            input, residual, weight, bias, mean, var, count, momentum, eps, act,
-            save_for_backward,
-        )[:2]  # fmt: skip
-    return ops.add_batch_norm.add_batch_norm_act_inference(
-        input, residual, weight, bias, mean, var, eps, act, save_for_backward
-    )[:2]
+    save_for_backward = needs_grad(input, residual, norm.weight, norm.bias)
+    s, out, _ = ops.add_batch_norm_act(input, residual, norm, act, save_for_backward)
+    return s, out
 
 
 def _synchronised(
     input: Tensor,
     residual: Tensor | None,
-    norm: BatchNormState,
+    norm: Norm,
     act: str | None,
     group: ProcessGroup | None,
     *,
@@ -197,9 +180,8 @@ def _synchronised(
     """The batches of all ranks normalised together; a rank with an empty one merges as the others do."""
     assert group is not None
     activations = (input.new_empty(1), None) if is_known(input.numel() == 0) else (input, residual)
-    parameters, buffers = (norm.weight, norm.bias), (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     return sync_batch_norm_act(
-        input, residual, parameters, buffers, momentum=norm.momentum, eps=norm.eps, act=act, added=added,
-        group=(group.group_name, group.size()), kernels=use_kernels(*activations, *norm.tensors),
-        save_for_backward=needs_grad(input, residual, *parameters),
+        input, residual, norm, act, added=added, group=(group.group_name, group.size()),
+        kernels=use_kernels(*activations, *norm.tensors),
+        save_for_backward=needs_grad(input, residual, norm.weight, norm.bias),
     )  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusedres import ops, reference
-from fusedres.functional.checks import BatchNormState, check_batch_norm, is_usual, needs_grad
-from fusedres.ops import eager_is_faster, takes_reference, use_kernels
+from fusedres.functional.checks import check_batch_norm, is_usual, needs_grad
+from fusedres.norm import Norm
+from fusedres.ops import takes_reference, use_kernels
 
 
 def batch_norm_act_global_avg_pool2d(
@@ -42,7 +43,7 @@ def batch_norm_act_global_avg_pool2d(
         TypeError, RuntimeError: as :func:`batch_norm_act`.
         ValueError: as :func:`batch_norm_act`, and for an ``input`` of other than 4 dimensions.
     """
-    norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     if takes_reference(input) and input.dim() == 4 and is_usual(input, norm, residual, act):
         return reference.batch_norm_act_global_avg_pool2d(
             input, *norm[:7], residual=residual, act=act, num_batches_tracked=num_batches_tracked
@@ -50,17 +51,9 @@ def batch_norm_act_global_avg_pool2d(
     check_batch_norm(input, norm, residual, act)
     if input.dim() != 4:
         raise ValueError(f"input must have 4 dimensions (N, C, H, W), got shape {tuple(input.shape)}")
-    covered = use_kernels(input, residual, *norm.tensors)
-    if not covered or eager_is_faster(input, "bn+add+relu+avgpool", training, momentum):
+    if not use_kernels(input, residual, *norm.tensors):
         return reference.batch_norm_act_global_avg_pool2d(
             input, *norm[:7], residual=residual, act=act, num_batches_tracked=num_batches_tracked
         )
     save_for_backward = needs_grad(input, residual, weight, bias)
-    if training:
-        return ops.batch_norm_head.batch_norm_act_global_avg_pool2d(
-            input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, act,
-            save_for_backward,
-        )[0]  # fmt: skip
-    return ops.batch_norm_head.batch_norm_act_global_avg_pool2d_inference(
-        input, residual, weight, bias, running_mean, running_var, eps, act, save_for_backward
-    )[0]
+    return ops.batch_norm_act_global_avg_pool2d(input, residual, norm, act, save_for_backward)[0]

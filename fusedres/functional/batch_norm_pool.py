@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from fusedres import ops, reference
-from fusedres.functional.checks import BatchNormState, check_batch_norm, check_pooling, is_usual, needs_grad
-from fusedres.ops import eager_is_faster, pool_refusal, takes_reference, use_kernels
+from fusedres.functional.checks import check_batch_norm, check_pooling, is_usual, needs_grad
+from fusedres.norm import Norm
+from fusedres.ops import pool_refusal, takes_reference, use_kernels
 from fusedres.reference import Extent
 
 
@@ -56,13 +57,13 @@ def batch_norm_act_max_pool2d(
             than half of it, or larger than the padded input. Nothing has been updated then.
         RuntimeError: ``FUSEDRES_BACKEND=triton`` and no kernel covers the input or the window.
     """
-    norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     window = kernel_size, stride, padding, dilation, ceil_mode
     return normalise_max_pool2d(input, norm, act, window)[0]
 
 
 def normalise_max_pool2d(
-    input: Tensor, norm: BatchNormState, act: str | None, window: tuple[Any, ...], *, fork: bool = False
+    input: Tensor, norm: Norm, act: str | None, window: tuple[Any, ...], *, fork: bool = False
 ) -> tuple[Tensor, Tensor]:
     """:func:`batch_norm_act_max_pool2d` for those who have a ``norm`` in one piece, and the ``window`` too.
 
@@ -74,21 +75,12 @@ def normalise_max_pool2d(
     if takes_reference(input) and is_usual(input, norm, None, act):
         out = reference.normalise_max_pool2d(input, norm, pooling, act=act)
         return out, out
-    mean, var, weight, bias, training, momentum, eps, count = norm
     check_batch_norm(input, norm, None, act)
     refused = pool_refusal(pooling.kernel_size, pooling.dilation, pooling.ceil_mode)
-    covered = use_kernels(input, *norm.tensors, reason=refused)
-    if not covered or eager_is_faster(input, "bn+relu+maxpool", training, momentum):
+    if not use_kernels(input, *norm.tensors, reason=refused):
         out = reference.normalise_max_pool2d(input, norm, pooling, act=act)
         return out, out
-    save_for_backward = needs_grad(input, weight, bias)
+    save_for_backward = needs_grad(input, norm.weight, norm.bias)
     fork = fork and save_for_backward
-    if training:
-        outputs = ops.batch_norm_pool.batch_norm_act_max_pool2d(
-            input, weight, bias, mean, var, count, momentum, eps, act, *pooling[:3], fork, save_for_backward
-        )
-    else:
-        outputs = ops.batch_norm_pool.batch_norm_act_max_pool2d_inference(
-            input, weight, bias, mean, var, eps, act, *pooling[:3], fork, save_for_backward
-        )
+    outputs = ops.batch_norm_act_max_pool2d(input, norm, act, *pooling[:3], fork, save_for_backward)
     return outputs[0], outputs[1 if fork else 0]

@@ -10,31 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedres.norm import Norm
 from fusedres.ops import autocasts, is_known
 from fusedres.reference import Extent
 
 ACTIVATIONS = (None, "relu")
-
-
-class BatchNormState(NamedTuple):
-    """What a BatchNorm normalises with: the arguments of :func:`batch_norm_act` after ``input``.
-
-    Functions of several BatchNorms take one for each.
-    """
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    training: bool = False
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-    num_batches_tracked: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Those with a value for each channel."""
-        return self[:4]
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -47,7 +27,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def check_batch_norm(
     input: Tensor,
-    norm: BatchNormState,
+    norm: Norm,
     residual: Tensor | None,
     act: str | None,
     *,
@@ -84,7 +64,7 @@ def check_batch_norm(
         _check_training(input, norm, shared, name, prefix)
 
 
-def is_usual(input: Tensor, norm: BatchNormState, residual: Tensor | None, act: str | None) -> bool:
+def is_usual(input: Tensor, norm: Norm, residual: Tensor | None, act: str | None) -> bool:
     """Whether a call on a CPU is right because it is one of the most common kind, told in as few looks as it takes."""
     mean, var, weight, bias, training, momentum, _, count = norm
     dtype = input.dtype
@@ -104,7 +84,7 @@ def is_usual(input: Tensor, norm: BatchNormState, residual: Tensor | None, act: 
     return counts and 0 < channels < input.numel()
 
 
-def _check_training(input: Tensor, norm: BatchNormState, shared: bool, name: str, prefix: str) -> None:
+def _check_training(input: Tensor, norm: Norm, shared: bool, name: str, prefix: str) -> None:
     if not shared and input.shape[1] != 0:
         if is_known(input.numel() == input.shape[1]):
             shape = tuple(input.shape)

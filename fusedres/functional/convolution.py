@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fusedres import ops, reference
 from fusedres.functional.batch_norm import add_batch_norm_act, batch_norm_act
-from fusedres.functional.checks import BatchNormState, Geometry, check_batch_norm, check_convolution, needs_grad
+from fusedres.functional.checks import Geometry, check_batch_norm, check_convolution, needs_grad
+from fusedres.norm import Norm
 from fusedres.ops import autocast_dtypes, autocasts, use_kernels
 
 
@@ -60,7 +61,7 @@ def batch_norm_act_conv2d(
         RuntimeError: what :func:`torch.nn.functional.conv2d` refuses, in its words and before anything has been
             updated; or ``FUSEDRES_BACKEND=triton`` and no kernel covers the input.
     """
-    norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     geometry = _check(input, None, norm, act, conv_weight, conv_bias, stride, padding, dilation, groups)
     if geometry is None:  # PyTorch's own convolution pads a copy of its input
         out = batch_norm_act(input, *norm[:7], act=act, num_batches_tracked=num_batches_tracked)
@@ -71,15 +72,8 @@ def batch_norm_act_conv2d(
             dilation=dilation, groups=groups, num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
     save_for_backward = needs_grad(input, weight, bias, conv_weight, conv_bias)
-    parameters = (weight, bias, *_autocast(input, conv_weight, conv_bias))
-    if training:
-        return ops.batch_norm_conv.batch_norm_act_conv2d(
-            input, *parameters, running_mean, running_var, num_batches_tracked, momentum, eps, act, *geometry,
-            save_for_backward,
-        )[0]  # fmt: skip
-    return ops.batch_norm_conv.batch_norm_act_conv2d_inference(
-        input, *parameters, running_mean, running_var, eps, act, *geometry, save_for_backward
-    )[0]
+    parameters = _autocast(input, conv_weight, conv_bias)
+    return ops.batch_norm_act_conv2d(input, *parameters, norm, act, *geometry, save_for_backward)[0]
 
 
 def add_batch_norm_act_conv2d(
@@ -122,7 +116,7 @@ def add_batch_norm_act_conv2d(
         TypeError, ValueError, RuntimeError: as :func:`batch_norm_act_conv2d`, where ``input`` is the sum or a term of
             it.
     """
-    norm = BatchNormState(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    norm = Norm(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     geometry = _check(input, residual, norm, act, conv_weight, conv_bias, stride, padding, dilation, groups)
     if geometry is None:  # PyTorch's own convolution pads a copy of its input
         s, out = add_batch_norm_act(input, residual, *norm[:7], act=act, num_batches_tracked=num_batches_tracked)
@@ -133,20 +127,14 @@ def add_batch_norm_act_conv2d(
             padding=padding, dilation=dilation, groups=groups, num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
     save_for_backward = needs_grad(input, residual, weight, bias, conv_weight, conv_bias)
-    parameters = (weight, bias, *_autocast(input, conv_weight, conv_bias))
-    if training:
-        return ops.batch_norm_conv.add_batch_norm_act_conv2d(
-            input, residual, *parameters, running_mean, running_var, num_batches_tracked, momentum, eps, act,
-            *geometry, save_for_backward,
-        )[:2]  # fmt: skip
-    return ops.batch_norm_conv.add_batch_norm_act_conv2d_inference(
-        input, residual, *parameters, running_mean, running_var, eps, act, *geometry, save_for_backward
-    )[:2]
+    parameters = _autocast(input, conv_weight, conv_bias)
+    s, out, _ = ops.add_batch_norm_act_conv2d(
+        input, residual, *parameters, norm, act, *geometry, save_for_backward
+    )  # fmt: skip
+    return s, out
 
 
-def _check(
-    input: Tensor, residual: Tensor | None, norm: BatchNormState, act: str | None, *convolution: Any
-) -> Geometry | None:
+def _check(input: Tensor, residual: Tensor | None, norm: Norm, act: str | None, *convolution: Any) -> Geometry | None:
     """The geometry of the convolution, as :func:`check_convolution`, after all other checks."""
     if input.dim() != 4:
         raise ValueError(f"expected 4D input (got {input.dim()}D input)")

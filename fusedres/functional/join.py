@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from fusedres import ops, reference
-from fusedres.functional.batch_norm import batch_norm_act
-from fusedres.functional.checks import BatchNormState, check_batch_norm, check_residual, is_usual, needs_grad
-from fusedres.ops import eager_is_faster, takes_reference, use_kernels
+from fusedres.functional.batch_norm import normalise
+from fusedres.functional.checks import check_batch_norm, check_residual, is_usual, needs_grad
+from fusedres.norm import Norm
+from fusedres.ops import takes_reference, use_kernels
 
 
 def batch_norm_add_batch_norm_act(
     input: Tensor,
     other: Tensor,
-    norm: BatchNormState,
-    other_norm: BatchNormState,
+    norm: Norm,
+    other_norm: Norm,
     *,
     act: str | None = None,
 ) -> Tensor:
@@ -33,7 +34,7 @@ def batch_norm_add_batch_norm_act(
     Args:
         input: ``(N, C, *)``, any floating dtype, any layout; contiguous and channels-last need no copy.
         other: of ``input``'s shape and device; its dtype may differ, the output is promoted as by ``+``.
-        norm, other_norm: what ``input`` and ``other`` are normalised with, ``fusedres.functional.BatchNormState``: the
+        norm, other_norm: what ``input`` and ``other`` are normalised with, ``fusedres.functional.Norm``: the
             arguments of :func:`batch_norm_act` from ``running_mean`` to ``eps``, and ``num_batches_tracked``. Buffers
             are updated in place where ``training``; those that both norms share, by ``input`` first.
         act: ``None`` or ``"relu"``.
@@ -53,8 +54,8 @@ def batch_norm_add_batch_norm_act(
 def forked_batch_norm_add_batch_norm_act(
     input: Tensor,
     other: Tensor,
-    norm: BatchNormState,
-    other_norm: BatchNormState,
+    norm: Norm,
+    other_norm: Norm,
     *,
     act: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,7 @@ def forked_batch_norm_add_batch_norm_act(
 
 
 def _join(
-    input: Tensor, other: Tensor, norm: BatchNormState, other_norm: BatchNormState, act: str | None, *, fork: bool
+    input: Tensor, other: Tensor, norm: Norm, other_norm: Norm, act: str | None, *, fork: bool
 ) -> tuple[Tensor, Tensor]:
     if takes_reference(input) and is_usual(input, norm, other, act) and is_usual(other, other_norm, None, act):
         out = reference.batch_norm_add_batch_norm_act(input, other, norm, other_norm, act=act)
@@ -74,34 +75,19 @@ def _join(
     check_batch_norm(input, norm, None, act, prefix="norm.")
     check_residual(other, input, input.shape, "other")
     check_batch_norm(other, other_norm, None, act, name="other", prefix="other_norm.")
-    covered = use_kernels(input, other, *norm.tensors, *other_norm.tensors)
-    momentum = None if other_norm.momentum is None else norm.momentum
-    if not covered or eager_is_faster(input, "bn+add+bn+relu", norm.training, momentum):
+    if not use_kernels(input, other, *norm.tensors, *other_norm.tensors):
         out = reference.batch_norm_add_batch_norm_act(input, other, norm, other_norm, act=act)
         return out, out
     if _is_two(input, other, norm, other_norm):
-        normalised = batch_norm_act(input, *norm[:7], num_batches_tracked=norm.num_batches_tracked)
-        out = batch_norm_act(
-            other, *other_norm[:7], residual=normalised, act=act, num_batches_tracked=other_norm.num_batches_tracked
-        )
+        out = normalise(other, other_norm, normalise(input, norm), act)
         return out, out
-    parameters = (norm.weight, norm.bias, other_norm.weight, other_norm.bias)
-    save_for_backward = needs_grad(input, other, *parameters)
-    if norm.training:
-        out, second, *_ = ops.batch_norm_join.batch_norm_add_batch_norm_act(
-            input, other, *parameters, norm.running_mean, norm.running_var, norm.num_batches_tracked,
-            other_norm.running_mean, other_norm.running_var, other_norm.num_batches_tracked, norm.momentum,
-            other_norm.momentum, norm.eps, other_norm.eps, act, fork, save_for_backward,
-        )  # fmt: skip
-    else:
-        out, second, *_ = ops.batch_norm_join.batch_norm_add_batch_norm_act_inference(
-            input, other, *parameters, norm.running_mean, norm.running_var, other_norm.running_mean,
-            other_norm.running_var, norm.eps, other_norm.eps, act, fork, save_for_backward,
-        )  # fmt: skip
-    return out, second if fork and save_for_backward else out
+    save_for_backward = needs_grad(input, other, norm.weight, norm.bias, other_norm.weight, other_norm.bias)
+    fork = fork and save_for_backward
+    outputs = ops.batch_norm_add_batch_norm_act(input, other, norm, other_norm, act, fork, save_for_backward)
+    return outputs[0], outputs[1 if fork else 0]
 
 
-def _is_two(input: Tensor, other: Tensor, norm: BatchNormState, other_norm: BatchNormState) -> bool:
+def _is_two(input: Tensor, other: Tensor, norm: Norm, other_norm: Norm) -> bool:
     """Whether it takes two operations: the kernels have one dtype and one mode, and update buffers in no order."""
     if input.dtype != other.dtype or norm.training != other_norm.training:
         return True

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fusedres.functional import (
     ACTIVATIONS,
-    BatchNormState,
     Extent,
+    Norm,
     add_normalise,
     batch_norm_act_max_pool2d,
     normalise,
@@ -136,7 +136,7 @@ class BatchNormActMaxPool2d(_BatchNormWithAct):
         return "pooling" if self.act is None else "activation and its pooling"
 
 
-def batch_norm_state(norm: nn.BatchNorm2d, input: Tensor) -> BatchNormState:
+def batch_norm_state(norm: nn.BatchNorm2d, input: Tensor) -> Norm:
     """What ``norm`` normalises ``input`` with in its mode.
 
     Raises:
@@ -154,7 +154,7 @@ def batch_norm_state(norm: nn.BatchNorm2d, input: Tensor) -> BatchNormState:
         weight, bias = norm.weight, norm.bias
     mean, var = (buffers["running_mean"], buffers["running_var"]) if tracking or not training else (None, None)
     count = buffers["num_batches_tracked"] if tracking else None
-    return BatchNormState(mean, var, weight, bias, training or mean is None, norm.momentum, norm.eps, count)
+    return Norm(mean, var, weight, bias, training or mean is None, norm.momentum, norm.eps, count)
 
 
 def as_batch_norm_act(module: nn.Module, act: str | None) -> BatchNormAct2d:

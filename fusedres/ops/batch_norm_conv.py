@@ -1,5 +1,4 @@
-"""The operators ``fusedres::batch_norm_act_conv2d`` and ``fusedres::add_batch_norm_act_conv2d``, their inference forms
-and the backward that they share.
+"""``fusedres::batch_norm_act_conv2d`` and ``fusedres::add_batch_norm_act_conv2d``, and the backward that they share.
 
 The convolution is PyTorch's own. What it reads is not kept for the backward, which makes it again from the input of
 the normalisation, bit for bit, in one launch.
@@ -13,176 +12,126 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.kernels.layout import contiguous, dense, dense_like, rows
-from fusedres.ops.batch_norm_shared import finish_update, gradients
-from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
+from fusedres.kernels.layout import dense, dense_like, rows
+from fusedres.norm import Norm
+from fusedres.ops.batch_norm_family import Dtypes, Family, Saved, gradients, register_family, statistics, wanted
+from fusedres.ops.registration import register
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_CONVOLUTION = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 
-def _batch_norm_act_conv2d(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    act: str | None,
-    *args: Any,
+def _forward(
+    x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, norm: Norm, act: str | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    from fusedres.kernels.batch_norm_forward import batch_norm_act_forward
+    from fusedres.kernels.batch_norm_forward import batch_norm_act_forward, batch_norm_act_inference_forward
 
-    x = dense(input)
-    mean, var = contiguous(running_mean), contiguous(running_var)
-    y, stats, _ = batch_norm_act_forward(
-        x, None, contiguous(weight), contiguous(bias), mean, var, num_batches_tracked, momentum, eps, act, False
-    )
-    finish_update(running_mean, running_var, num_batches_tracked, mean, var)
-    return _convolve(y, conv_weight, conv_bias, *args[:4]), stats
+    *geometry, save = args
+    if norm.training:
+        y, stats, _ = batch_norm_act_forward(x, None, norm, act, False)
+    else:
+        y, stats, _ = batch_norm_act_inference_forward(x, None, norm, act, save, False)
+    return _convolve(y, conv_weight, conv_bias, *geometry), stats
 
 
-def _batch_norm_act_conv2d_inference(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    act: str | None,
-    *args: Any,
+def _fake(
+    x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, norm: Norm, act: str | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    from fusedres.kernels.batch_norm_forward import batch_norm_act_inference_forward
-
-    y, stats, _ = batch_norm_act_inference_forward(
-        dense(input), None, contiguous(weight), contiguous(bias), running_mean.contiguous(), running_var.contiguous(),
-        eps, act, args[-1], False,
-    )  # fmt: skip
-    return _convolve(y, conv_weight, conv_bias, *args[:4]), stats
+    *geometry, save = args
+    return _convolve(torch.empty_like(x), conv_weight, conv_bias, *geometry), statistics(x, norm.training or save)
 
 
-def _add_batch_norm_act_conv2d(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    act: str | None,
-    *args: Any,
+def _add_forward(
+    x: Tensor, residual: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, norm: Norm, act: str | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fusedres.kernels.add_batch_norm import add_batch_norm_act_forward
+    from fusedres.kernels.add_batch_norm import add_batch_norm_act_forward, add_batch_norm_act_inference_forward
 
-    x = dense(input)
-    mean, var = contiguous(running_mean), contiguous(running_var)
-    s, y, stats = add_batch_norm_act_forward(
-        x, dense_like(residual, x), contiguous(weight), contiguous(bias), mean, var, num_batches_tracked, momentum,
-        eps, act,
+    *geometry, save = args
+    if norm.training:
+        s, y, stats = add_batch_norm_act_forward(x, residual, norm, act)
+    else:
+        s, y, stats = add_batch_norm_act_inference_forward(x, residual, norm, act, save)
+    return s, _convolve(y, conv_weight, conv_bias, *geometry), stats
+
+
+def _add_fake(x: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    s = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return s, *_fake(s, *args)
+
+
+def _saved(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What is normalised, statistics, weight; nothing for the convolution's bias, which sums the incoming gradient."""
+    *normalised, conv_weight, _ = inputs
+    added = len(normalised) == 2
+    needs_more = (*needs[: len(inputs) - 1], *needs[len(inputs) :])
+    return (outputs[0] if added else normalised[0], outputs[-1], conv_weight) if any(needs_more) else ()
+
+
+def _backward(ctx: Any, saved: Saved, grad: Tensor, grad_sum: Tensor | None, dtypes: Dtypes) -> Sequence[Tensor | None]:
+    input_dtype, weight_dtype, bias_dtype, *parameter_dtypes = dtypes
+    if not saved:
+        return grad_sum, None, grad.sum((0, 2, 3)), None, None
+    act, *geometry, _ = ctx.options
+    needs_conv = [weight_dtype is not None, bias_dtype is not None]
+    x, weight, bias, conv_weight, conv_bias = batch_norm_act_conv2d_backward(
+        grad, grad_sum, *saved, act, ctx.frozen, *geometry, input_dtype, *parameter_dtypes,
+        needs_conv,
     )  # fmt: skip
-    finish_update(running_mean, running_var, num_batches_tracked, mean, var)
-    return s, _convolve(y, conv_weight, conv_bias, *args[:4]), stats
+    return x, conv_weight, conv_bias, weight, bias
 
 
-def _add_batch_norm_act_conv2d_inference(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    act: str | None,
-    *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fusedres.kernels.add_batch_norm import add_batch_norm_act_inference_forward
-
-    x = dense(input)
-    s, y, stats = add_batch_norm_act_inference_forward(
-        x, dense_like(residual, x), contiguous(weight), contiguous(bias), running_mean.contiguous(),
-        running_var.contiguous(), eps, act, args[-1],
-    )  # fmt: skip
-    return s, _convolve(y, conv_weight, conv_bias, *args[:4]), stats
-
-
-def _batch_norm_act_conv2d_backward(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    input: Tensor,
-    stats: Tensor,
-    conv_weight: Tensor,
-    eps: float,
-    act: str | None,
-    frozen: bool,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    input_dtype: torch.dtype | None,
-    weight_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
+def _allocate(
+    grad: Tensor, grad_sum: Tensor | None, input: Tensor, stats: Tensor, conv_weight: Tensor, act: str | None,
+    frozen: bool, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    input_dtype: torch.dtype | None, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None,
     needs_conv: list[bool],
-) -> Gradients:
-    from fusedres.kernels.batch_norm_backward import Gradients as Wanted
+) -> tuple[Tensor, ...]:  # fmt: skip
+    x = dense(input)
+    d_input, _, d_weight, d_bias = gradients(x, input_dtype, None, weight_dtype, bias_dtype)
+    geometry = stride, padding, dilation, groups
+    _, *d_conv = _convolution_gradients(grad, x, None, conv_weight, geometry, [False, *needs_conv])
+    return d_input, d_weight, d_bias, *d_conv
+
+
+def _launch_backward(
+    grad: Tensor, grad_sum: Tensor | None, input: Tensor, stats: Tensor, conv_weight: Tensor, act: str | None,
+    frozen: bool, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    input_dtype: torch.dtype | None, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None,
+    needs_conv: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     from fusedres.kernels.batch_norm_backward import batch_norm_act_backward
     from fusedres.kernels.batch_norm_forward import batch_norm_fwd_apply
 
     x, y = dense(input), None
     if needs_conv[0]:
-        y, _ = batch_norm_fwd_apply(x, None, rows(x), stats, None, None, None, eps, act, False)
+        y, _ = batch_norm_fwd_apply(x, None, rows(x), stats, None, act, False)
     needs = [any(dtype is not None for dtype in (input_dtype, weight_dtype, bias_dtype)), *needs_conv]
-    dy, d_conv_weight, d_conv_bias = _convolution_gradients(
-        grad, x, y, conv_weight, stride, padding, dilation, groups, needs
-    )
+    dy, *d_conv = _convolution_gradients(grad, x, y, conv_weight, (stride, padding, dilation, groups), needs)
     del y  # before the gradient of the input takes as much
     outputs = gradients(x, input_dtype, None, weight_dtype, bias_dtype)
     if needs[0]:
-        wanted = Wanted(*(out if out.numel() else None for out in outputs))
         ds = None if grad_sum is None else dense_like(grad_sum, x)
-        batch_norm_act_backward(dense_like(dy.to(x.dtype), x), x, None, stats, act, frozen, wanted, ds)
+        batch_norm_act_backward(dense_like(dy.to(x.dtype), x), x, None, stats, act, frozen, wanted(outputs), ds)
     d_input, _, d_weight, d_bias = outputs
-    return d_input, d_weight, d_bias, d_conv_weight, d_conv_bias
+    return d_input, d_weight, d_bias, *d_conv
 
 
 def _convolve(
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+    y: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
     """In the dtype of ``weight``, which autocast may have made another than that of ``y``."""
     y = y.to(weight.dtype)
     return torch.ops.aten.convolution(y, weight, bias, stride, padding, dilation, False, [0, 0], groups)
 
 
 def _convolution_gradients(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    needs: list[bool],
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, geometry: Geometry, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of y, of the weight and of the bias; empty if not needed. y looks like ``x``, and only the second reads it."""
     if y is None:
         y = x if x.dtype == weight.dtype else torch.empty_like(x, dtype=weight.dtype)
+    stride, padding, dilation, groups = geometry
     found = torch.ops.aten.convolution_backward(
         grad, y.to(weight.dtype), weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, needs
     )
@@ -190,206 +139,24 @@ def _convolution_gradients(
     return first, second, third
 
 
-def _fake_forward(
-    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, save_stats: bool, *geometry: Any
-) -> tuple[Tensor, Tensor]:
-    x = dense(input)
-    reserve_counters(x.device)
-    out = _convolve(torch.empty_like(x), conv_weight, conv_bias, *geometry)
-    return out, x.new_empty((4, x.shape[1]) if save_stats else 0, dtype=torch.float32)
-
-
-def _fake_batch_norm_act_conv2d(
-    input: Tensor, weight: Any, bias: Any, conv_weight: Tensor, conv_bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor]:
-    return _fake_forward(input, conv_weight, conv_bias, True, *args[-5:-1])
-
-
-def _fake_batch_norm_act_conv2d_inference(
-    input: Tensor, weight: Any, bias: Any, conv_weight: Tensor, conv_bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor]:
-    return _fake_forward(input, conv_weight, conv_bias, args[-1], *args[-5:-1])
-
-
-def _fake_add_forward(input: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    s = torch.empty_like(dense(input), dtype=torch.promote_types(input.dtype, residual.dtype))
-    return s, *_fake_forward(s, *args)
-
-
-def _fake_add_batch_norm_act_conv2d(
-    input: Tensor, residual: Tensor, weight: Any, bias: Any, conv_weight: Tensor, conv_bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_add_forward(input, residual, conv_weight, conv_bias, True, *args[-5:-1])
-
-
-def _fake_add_batch_norm_act_conv2d_inference(
-    input: Tensor, residual: Tensor, weight: Any, bias: Any, conv_weight: Tensor, conv_bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_add_forward(input, residual, conv_weight, conv_bias, args[-1], *args[-5:-1])
-
-
-def _fake_batch_norm_act_conv2d_backward(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    input: Tensor,
-    stats: Tensor,
-    conv_weight: Tensor,
-    eps: float,
-    act: str | None,
-    frozen: bool,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    input_dtype: torch.dtype | None,
-    weight_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-    needs_conv: list[bool],
-) -> Gradients:
-    x = dense(input)
-    d_input, _, d_weight, d_bias = gradients(x, input_dtype, None, weight_dtype, bias_dtype)
-    _, d_conv_weight, d_conv_bias = _convolution_gradients(
-        grad, x, None, conv_weight, stride, padding, dilation, groups, [False, *needs_conv]
+_PARAMETERS = "Tensor conv_weight, Tensor? conv_bias"
+batch_norm_act_conv2d = register_family(
+    Family(
+        "batch_norm_act_conv2d", f"Tensor input, {_PARAMETERS}", f"str? act, {_CONVOLUTION}",
+        "Tensor out, Tensor stats", _forward, _fake, _saved, _backward,
     )
-    return d_input, d_weight, d_bias, d_conv_weight, d_conv_bias
-
-
-class _BatchNormActConv2d(torch.autograd.Function):
-    """Either forward operator, with the shared backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        operator: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        conv_weight: Tensor,
-        *args: Any,
-    ) -> tuple[Tensor, Tensor]:
-        x = dense(input)
-        with torch._C._AutoDispatchBelowAutograd():
-            out, stats = operator(x, weight, bias, conv_weight, *args)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats)
-        if any(ctx.needs_input_grad[1:5]):  # the gradient of the convolution's bias is a sum over the incoming one
-            ctx.save_for_backward(x, stats, conv_weight)
-        ctx.eps, ctx.act, *ctx.geometry = args[-7:-1]
-        ctx.frozen = operator.__name__ == "batch_norm_act_conv2d_inference.default"
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (input, weight, bias))
-        return out, stats
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
-        refuse_double_backward()
-        needs = ctx.needs_input_grad[1:6]
-        skipped = (None,) * (len(ctx.needs_input_grad) - 6)
-        if grad is None:
-            return None, None, None, None, None, None, *skipped
-        if not any(needs[:4]):
-            return None, None, None, None, None, grad.sum((0, 2, 3)), *skipped
-        dtypes = (dtype if needed else None for dtype, needed in zip(ctx.dtypes, needs[:3], strict=True))
-        found = batch_norm_act_conv2d_backward(
-            grad, None, *ctx.saved_tensors, ctx.eps, ctx.act, ctx.frozen, *ctx.geometry, *dtypes, needs[3:]
-        )
-        return None, *(d if needed else None for d, needed in zip(found, needs, strict=True)), *skipped
-
-
-class _AddBatchNormActConv2d(torch.autograd.Function):
-    """The same for a sum that is handed on."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        operator: Any,
-        input: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        conv_weight: Tensor,
-        *args: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            s, out, stats = operator(input, residual, weight, bias, conv_weight, *args)
-        ctx.set_materialize_grads(False)
-        # As a sum of terms that need no gradient, s needs none, whatever else needs one.
-        ctx.mark_non_differentiable(*((stats,) if any(ctx.needs_input_grad[1:3]) else (s, stats)))
-        if any(ctx.needs_input_grad[1:6]):
-            ctx.save_for_backward(s, stats, conv_weight)
-        ctx.eps, ctx.act, *ctx.geometry = args[-7:-1]
-        ctx.frozen = operator.__name__ == "add_batch_norm_act_conv2d_inference.default"
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (input, residual, weight, bias))
-        ctx.sum_dtype = s.dtype
-        return s, out, stats
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_sum, grad, _ = grads
-        refuse_double_backward()
-        *needs, needs_conv_weight, needs_conv_bias = ctx.needs_input_grad[1:7]
-        dtypes = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, needs, strict=True)]
-        term, found = grad_sum, (None,) * 4
-        if grad is not None and (any(needs) or needs_conv_weight):
-            # One gradient of both terms, as they want it; where they differ, as s is.
-            terms = {dtype for dtype in dtypes[:2] if dtype is not None}
-            term_dtype = next(iter(terms)) if len(terms) == 1 else (ctx.sum_dtype if terms else None)
-            term, *found = batch_norm_act_conv2d_backward(
-                grad, grad_sum, *ctx.saved_tensors, ctx.eps, ctx.act, ctx.frozen, *ctx.geometry,
-                term_dtype, *dtypes[2:], [needs_conv_weight, needs_conv_bias],
-            )  # fmt: skip
-        elif grad is not None:
-            found = None, None, None, grad.sum((0, 2, 3))
-        return (
-            None,
-            *(None if term is None or dtype is None else term.to(dtype) for dtype in dtypes[:2]),
-            *(d if needed else None for d, needed in zip(found, ctx.needs_input_grad[3:7], strict=True)),
-            *(None,) * (len(ctx.needs_input_grad) - 7),
-        )
-
-
-_CONVOLUTION = "int[2] stride, int[2] padding, int[2] dilation, int groups"
-
-batch_norm_act_conv2d = register(
-    "batch_norm_act_conv2d(Tensor input, Tensor? weight, Tensor? bias, Tensor conv_weight, Tensor? conv_bias, "
-    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
-    f"str? act, {_CONVOLUTION}, bool save_for_backward) -> (Tensor out, Tensor stats)",
-    _batch_norm_act_conv2d,
-    _fake_batch_norm_act_conv2d,
-    _BatchNormActConv2d,
-    counter=7,
-)
-batch_norm_act_conv2d_inference = register(
-    "batch_norm_act_conv2d_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor conv_weight, "
-    "Tensor? conv_bias, Tensor running_mean, Tensor running_var, float eps, str? act, "
-    f"{_CONVOLUTION}, bool save_for_backward) -> (Tensor out, Tensor stats)",
-    _batch_norm_act_conv2d_inference,
-    _fake_batch_norm_act_conv2d_inference,
-    _BatchNormActConv2d,
-)
-add_batch_norm_act_conv2d = register(
-    "add_batch_norm_act_conv2d(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor conv_weight, "
-    "Tensor? conv_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-    f"float? momentum, float eps, str? act, {_CONVOLUTION}, bool save_for_backward) "
-    "-> (Tensor sum, Tensor out, Tensor stats)",
-    _add_batch_norm_act_conv2d,
-    _fake_add_batch_norm_act_conv2d,
-    _AddBatchNormActConv2d,
-    counter=8,
-)
-add_batch_norm_act_conv2d_inference = register(
-    "add_batch_norm_act_conv2d_inference(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, "
-    "Tensor conv_weight, Tensor? conv_bias, Tensor running_mean, Tensor running_var, float eps, str? act, "
-    f"{_CONVOLUTION}, bool save_for_backward) -> (Tensor sum, Tensor out, Tensor stats)",
-    _add_batch_norm_act_conv2d_inference,
-    _fake_add_batch_norm_act_conv2d_inference,
-    _AddBatchNormActConv2d,
-)
+)  # fmt: skip
+add_batch_norm_act_conv2d = register_family(
+    Family(
+        "add_batch_norm_act_conv2d", f"Tensor input, Tensor residual, {_PARAMETERS}", f"str? act, {_CONVOLUTION}",
+        "Tensor sum, Tensor out, Tensor stats", _add_forward, _add_fake, _saved, _backward, activations=2, adds=True,
+    )
+)  # fmt: skip
 batch_norm_act_conv2d_backward = register(
     "batch_norm_act_conv2d_backward(Tensor grad, Tensor? grad_sum, Tensor input, Tensor stats, Tensor conv_weight, "
-    f"float eps, str? act, bool frozen, {_CONVOLUTION}, ScalarType? input_dtype, ScalarType? weight_dtype, "
+    f"str? act, bool frozen, {_CONVOLUTION}, ScalarType? input_dtype, ScalarType? weight_dtype, "
     "ScalarType? bias_dtype, bool[2] needs_conv) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, "
     "Tensor grad_conv_weight, Tensor grad_conv_bias)",
-    _batch_norm_act_conv2d_backward,
-    _fake_batch_norm_act_conv2d_backward,
+    _launch_backward,
+    _allocate,
 )

@@ -1,193 +1,57 @@
-"""The operators ``fusedres::batch_norm_act_global_avg_pool2d``, its inference form and their backward.
-
-Like those of ``batch_norm``; the activation is averaged, and neither written nor saved.
-"""
+"""``fusedres::batch_norm_act_global_avg_pool2d``: the activation is averaged, and neither written nor saved."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedres.kernels.layout import contiguous, dense, dense_like, pooled_like
-from fusedres.ops.batch_norm_shared import finish_update, gradients
-from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
+from fusedres.kernels.layout import pooled_like
+from fusedres.norm import Norm
+from fusedres.ops.batch_norm import is_masked
+from fusedres.ops.batch_norm_family import Dtypes, Family, Saved, register_backward, register_family, statistics
 
 
-def _head(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    act: str | None,
-    save_for_backward: bool,
+def _forward(
+    x: Tensor, residual: Tensor | None, norm: Norm, act: str | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fusedres.kernels.batch_norm_head import batch_norm_head_forward
+    from fusedres.kernels.batch_norm_head import batch_norm_head_forward, batch_norm_head_inference_forward
 
-    x = dense(input)
-    mean, var = contiguous(running_mean), contiguous(running_var)
-    outputs = batch_norm_head_forward(
-        x, None if residual is None else dense_like(residual, x), contiguous(weight), contiguous(bias), mean, var,
-        num_batches_tracked, momentum, eps, act, save_for_backward and _masked(residual, act),
-    )  # fmt: skip
-    finish_update(running_mean, running_var, num_batches_tracked, mean, var)
-    return outputs
+    masked = save and is_masked(residual, act)
+    if norm.training:
+        return batch_norm_head_forward(x, residual, norm, act, masked)
+    return batch_norm_head_inference_forward(x, residual, norm, act, save, masked)
 
 
-def _head_inference(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    act: str | None,
-    save_for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fusedres.kernels.batch_norm_head import batch_norm_head_inference_forward
-
-    x = dense(input)
-    return batch_norm_head_inference_forward(
-        x, None if residual is None else dense_like(residual, x), contiguous(weight), contiguous(bias),
-        running_mean.contiguous(), running_var.contiguous(), eps, act, save_for_backward,
-        save_for_backward and _masked(residual, act),
-    )  # fmt: skip
-
-
-def _head_backward(
-    grad: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    mask: Tensor,
-    act: str | None,
-    frozen: bool,
-    needs_input: bool,
-    residual_dtype: torch.dtype | None,
-    weight_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fusedres.kernels.batch_norm_backward import Gradients
-    from fusedres.kernels.batch_norm_head_backward import batch_norm_head_backward
-
-    x = dense(input)
-    outputs = gradients(x, x.dtype if needs_input else None, residual_dtype, weight_dtype, bias_dtype)
-    wanted = Gradients(*(out if out.numel() else None for out in outputs))
-    saved = mask if mask.numel() else None
-    batch_norm_head_backward(grad.flatten(1).contiguous(), x, saved, stats, act, frozen, wanted)
-    return outputs
-
-
-def _masked(residual: Tensor | None, act: str | None) -> bool:
-    """Whether the backward needs the bit mask; without a residual it finds the sign again from the input."""
-    return residual is not None and act is not None
-
-
-def _fake_forward(
-    input: Tensor, residual: Tensor | None, act: str | None, save_stats: bool, save_for_backward: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = dense(input)
-    reserve_counters(x.device)
+def _fake(x: Tensor, residual: Tensor | None, norm: Norm, act: str | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     N, C, H, W = x.shape
-    masked = save_for_backward and _masked(residual, act)
-    return (
-        pooled_like(x, dtype),
-        x.new_empty((4, C) if save_stats else 0, dtype=torch.float32),
-        x.new_empty(N * ((H * W + 7) // 8) * C if masked else 0, dtype=torch.uint8),
+    mask_bytes = N * ((H * W + 7) // 8) * C if save and is_masked(residual, act) else 0
+    return pooled_like(x, dtype), statistics(x, norm.training or save), x.new_empty(mask_bytes, dtype=torch.uint8)
+
+
+def _backward(ctx: Any, saved: Saved, grad: Tensor, _: None, dtypes: Dtypes) -> Sequence[Tensor | None]:
+    return batch_norm_act_global_avg_pool2d_backward(grad, None, *saved, ctx.options[0], ctx.frozen, *dtypes)
+
+
+def _launch_backward(
+    wanted: Any, grad: Tensor, _: None, x: Tensor, stats: Tensor, mask: Tensor, act: str | None, frozen: bool
+) -> None:
+    from fusedres.kernels.batch_norm_head_backward import batch_norm_head_backward
+
+    saved = mask if mask.numel() else None
+    batch_norm_head_backward(grad.flatten(1).contiguous(), x, saved, stats, act, frozen, wanted)
+
+
+batch_norm_act_global_avg_pool2d = register_family(
+    Family(
+        "batch_norm_act_global_avg_pool2d", "Tensor input, Tensor? residual", "str? act",
+        "Tensor out, Tensor stats, Tensor mask", _forward, _fake,
+        lambda inputs, outputs, needs: (inputs[0], *outputs[1:]), _backward, activations=2,
     )
-
-
-def _fake_head(input: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, act, save_for_backward = args
-    return _fake_forward(input, residual, act, True, save_for_backward)
-
-
-def _fake_head_inference(input: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, act, save_for_backward = args
-    return _fake_forward(input, residual, act, save_for_backward, save_for_backward)
-
-
-def _fake_head_backward(
-    grad: Tensor,
-    input: Tensor,
-    stats: Tensor,
-    mask: Tensor,
-    act: str | None,
-    frozen: bool,
-    needs_input: bool,
-    *dtypes: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return gradients(dense(input), input.dtype if needs_input else None, *dtypes)
-
-
-class _BatchNormHead(torch.autograd.Function):
-    """Either forward operator, with the shared backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        operator: Any,
-        input: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *args: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x = dense(input)
-        with torch._C._AutoDispatchBelowAutograd():
-            out, stats, mask = operator(x, residual, weight, bias, *args)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats, mask)
-        ctx.save_for_backward(x, stats, mask)
-        ctx.act = args[-2]
-        ctx.frozen = operator.__name__ == "batch_norm_act_global_avg_pool2d_inference.default"
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (residual, weight, bias))
-        return out, stats, mask
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        skipped = (None,) * (len(ctx.needs_input_grad) - 5)
-        if grads[0] is None:
-            return None, None, None, None, None, *skipped
-        x, stats, mask = ctx.saved_tensors
-        _, needs_input, *needs = ctx.needs_input_grad[:5]
-        dtypes = [dtype if needed else None for dtype, needed in zip(ctx.dtypes, needs, strict=True)]
-        grad_input, *others = batch_norm_act_global_avg_pool2d_backward(
-            grads[0], x, stats, mask, ctx.act, ctx.frozen, needs_input, *dtypes
-        )
-        wanted = (other if dtype else None for other, dtype in zip(others, dtypes, strict=True))
-        return None, grad_input if needs_input else None, *wanted, *skipped
-
-
-batch_norm_act_global_avg_pool2d = register(
-    "batch_norm_act_global_avg_pool2d(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
-    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
-    "str? act, bool save_for_backward) -> (Tensor out, Tensor stats, Tensor mask)",
-    _head,
-    _fake_head,
-    _BatchNormHead,
-    counter=6,
-)
-batch_norm_act_global_avg_pool2d_inference = register(
-    "batch_norm_act_global_avg_pool2d_inference(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
-    "Tensor running_mean, Tensor running_var, float eps, str? act, bool save_for_backward) "
-    "-> (Tensor out, Tensor stats, Tensor mask)",
-    _head_inference,
-    _fake_head_inference,
-    _BatchNormHead,
-)
-batch_norm_act_global_avg_pool2d_backward = register(
-    "batch_norm_act_global_avg_pool2d_backward(Tensor grad, Tensor input, Tensor stats, Tensor mask, str? act, "
-    "bool frozen, bool needs_input, ScalarType? residual_dtype, ScalarType? weight_dtype, ScalarType? bias_dtype) "
-    "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
-    _head_backward,
-    _fake_head_backward,
+)  # fmt: skip
+batch_norm_act_global_avg_pool2d_backward = register_backward(
+    "batch_norm_act_global_avg_pool2d_backward", "Tensor stats, Tensor mask", "str? act, bool frozen", _launch_backward
 )

@@ -22,8 +22,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ENVIRONMENT: Any = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
-_KEYS = {name: os.environ.encodekey(name) for name in ("FUSEDRES_BACKEND", "FUSEDRES_COOPERATIVE")}
-_BACKEND = _KEYS["FUSEDRES_BACKEND"]
+_BACKEND = os.environ.encodekey("FUSEDRES_BACKEND")
 _REFERENCE = os.environ.encodevalue("reference")
 _AUTO = (None, os.environ.encodevalue(""), os.environ.encodevalue("auto"))
 
@@ -156,13 +155,9 @@ def tf32() -> bool:
 
 @_constant
 def _policy() -> tuple[str, bool, bool]:
-    return environment("FUSEDRES_BACKEND") or "auto", *_triton()
-
-
-def environment(name: str) -> str | None:
-    """A variable, past ``os.environ``'s own look-up, which raises and catches an exception where it is not set."""
-    value = _ENVIRONMENT.get(_KEYS[name])
-    return None if value is None else os.environ.decodevalue(value)
+    # Past os.environ's own look-up, which raises and catches an exception where the variable is not set.
+    chosen = _ENVIRONMENT.get(_BACKEND)
+    return (os.environ.decodevalue(chosen) if chosen else "auto"), *_triton()
 
 
 @functools.cache

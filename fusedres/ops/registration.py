@@ -7,8 +7,8 @@ calls what :func:`register` returns, not even that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,71 +29,74 @@ def register(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     function: type[torch.autograd.Function] | None = None,
-    counter: int | tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     """Define ``fusedres::<schema>`` for CPU and CUDA tensors, and return it as a function for calls from Python.
 
-    That function goes around the dispatcher where nobody would notice, see :func:`_unobserved`, as the two passes
+    That function goes around the dispatcher where nobody would notice, see :func:`unobserved`, as the two passes
     through it take the host longer than all else that is ours; everywhere else it calls the operator.
 
-    Empty inputs, for which nothing can be launched, have the outputs of ``fake``, filled with zeros; the argument
-    ``counter``, or each of several, counts them all the same.
+    Empty inputs, for which nothing can be launched, have the outputs of ``fake``, filled with zeros.
 
-    With ``function``, the last argument of the operator is ``save_for_backward``: where it is true the call goes to
-    ``function.apply(operator, *arguments)``, where ``operator`` may be the function below instead; they have one name.
-    Not so where a compiler runs the operator in a graph that it has differentiated.
+    With ``function``, the last argument of the operator is ``save_for_backward``: where it is true the operator goes to
+    ``function.apply(operator, *arguments)``, and the function that is returned is for calls below autograd.
     """
-    name = schema.split("(")[0]
 
     def run(*args: Any) -> Any:
-        if args[0].numel() > 0:
-            return implementation(*args)
-        for place in (counter,) if isinstance(counter, int) else counter:
-            if args[place] is not None:
-                args[place].add_(1)
-        outputs = fake(*args)
-        return outputs.zero_() if isinstance(outputs, Tensor) else tuple(output.zero_() for output in outputs)
+        return implementation(*args) if args[0].numel() > 0 else zeros(fake(*args))
 
-    _library.define(schema, tags=_TAGS)
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"fusedres::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.fusedres, name).default
-    run.__name__ = operator.__name__
-    if function is not None:
-        _library.impl(name, _autograd(operator, function), "Autograd")
-    # Without its Python half, which is for functorch's transforms.
-    apply = None if function is None else cast(Any, super(torch.autograd.Function, function)).apply
+    def apply(operator: Any, args: tuple[Any, ...]) -> Any:
+        assert function is not None
+        return function.apply(operator, *args)
+
+    operator = define(schema, run, fake, None if function is None else apply)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _unobserved(args):
-            return operator(*args)
-        if apply is not None and args[-1]:
-            return apply(run, *args)
-        return run(*args)
+        return run(*args) if unobserved(args) else operator(*args)
 
     return call
 
 
-def _autograd(operator: Any, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """The Autograd kernel of ``operator``."""
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    apply: Callable[[Any, tuple[Any, ...]], Any] | None = None,
+) -> Any:
+    """The operator of ``schema``, whose last argument says whether gradients go to ``apply(operator, arguments)``.
+
+    Not so where a compiler runs the operator in a graph that it has differentiated.
+    """
+    name = schema.split("(")[0]
+    _library.define(schema, tags=_TAGS)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"fusedres::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.fusedres, name).default
 
     def autograd(*args: Any) -> Any:
-        if args[-1] and torch.is_grad_enabled():
-            return function.apply(operator, *args)
+        if apply is not None and args[-1] and torch.is_grad_enabled():
+            return apply(operator, args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    return autograd
+    if apply is not None:
+        _library.impl(name, autograd, "Autograd")
+    return operator
 
 
-def _unobserved(args: tuple[Any, ...]) -> bool:
+def zeros(outputs: Any) -> Any:
+    """The outputs of a fake for an empty input."""
+    return outputs.zero_() if isinstance(outputs, Tensor) else tuple(output.zero_() for output in outputs)
+
+
+def unobserved(args: Iterable[Any]) -> bool:
     """Whether the dispatcher would do nothing but call us: no mode, transform, tracer, profiler or kind of tensor.
 
     A negated view, such as the imaginary part of a conjugate, is resolved by the dispatcher.
     """
     if (
-        torch._C._len_torch_dispatch_stack()
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._are_functorch_transforms_active()
         or _is_included(_VMAP)

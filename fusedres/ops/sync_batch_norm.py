@@ -14,20 +14,19 @@ import torch
 from torch import Tensor
 
 from fusedres import reference
-from fusedres.kernels.layout import contiguous, dense, dense_like
-from fusedres.ops.batch_norm_shared import finish_update
+from fusedres.kernels.layout import dense, dense_like
+from fusedres.norm import Norm
+from fusedres.ops.batch_norm import is_masked, mask_of
+from fusedres.ops.batch_norm_family import NORM, at_unit_stride, finish_update, flat, unflat
 from fusedres.ops.registration import refuse_double_backward, register, reserve_counters
 
 
 def sync_batch_norm_act(
     input: Tensor,
     residual: Tensor | None,
-    parameters: tuple[Tensor | None, Tensor | None],
-    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
-    *,
-    momentum: float | None,
-    eps: float,
+    norm: Norm,
     act: str | None,
+    *,
     added: bool,
     group: tuple[str, int],
     kernels: bool,
@@ -35,57 +34,39 @@ def sync_batch_norm_act(
 ) -> Any:
     """``act(bn(input) + residual)``, or where it is ``added`` before, ``(s, act(bn(s)))`` of s = input + residual.
 
-    ``parameters`` are weight and bias, ``buffers`` the running statistics and their counter, ``group`` is the name of
-    the process group and its size.
+    ``group`` is the name of the process group and its size.
     """
     x = dense(input)
-    return _SyncBatchNormAct.apply(
-        x, None if residual is None else dense_like(residual, x), *parameters, *buffers, momentum, eps, act, added,
-        *group, kernels, save_for_backward,
-    )  # fmt: skip
+    residual = None if residual is None else dense_like(residual, x)
+    return _SyncBatchNormAct.apply(x, residual, *norm, act, added, *group, kernels, save_for_backward)
 
 
 class _SyncBatchNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        momentum: float | None,
-        eps: float,
-        act: str | None,
-        added: bool,
-        group_name: str,
-        ranks: int,
-        kernels: bool,
-        save_for_backward: bool,
-    ) -> Any:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, *args: Any) -> Any:
+        norm = Norm(*args[:8])
+        act, added, group_name, ranks, kernels, save_for_backward = args[8:]
         steps: Any = torch.ops.fusedres if kernels else reference
+        merge = sync_merge if kernels else reference.sync_merge
         message, s = steps.sync_moments(x, residual if added else None)
         messages = torch.ops._c10d_functional.all_gather_into_tensor(message, ranks, group_name)
         messages = torch.ops._c10d_functional.wait_tensor(messages).view(ranks, -1)
-        stats, inverse = steps.sync_merge(
-            messages, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-        )
+        stats, inverse = merge(messages, norm)
         normalised = s if added else x
         out, mask = steps.sync_normalise(normalised, None if added else residual, stats, act, save_for_backward)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(normalised, stats, inverse, mask)
         ctx.act, ctx.added, ctx.group_name, ctx.steps = act, added, group_name, steps
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias))
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, norm.weight, norm.bias))
         return (s, out) if added else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("BatchNorm over several ranks has no double backward")
         x, stats, inverse, mask = ctx.saved_tensors
+        needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[4:6])
         x_dtype, residual_dtype, weight_dtype, bias_dtype = (
-            dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:4], strict=True)
+            dtype if needed else None for dtype, needed in zip(ctx.dtypes, needs, strict=True)
         )
         grad_sum, grad = grads if ctx.added else (None, grads[0])
         # Without a gradient as well: the other ranks wait for this one's share.
@@ -109,9 +90,11 @@ class _SyncBatchNormAct(torch.autograd.Function):
         return (
             None if grad_x is None or x_dtype is None else grad_x.to(x_dtype),
             grad_residual,
+            None,
+            None,
             sums[1].to(weight_dtype) if weight_dtype else None,
             sums[0].to(bias_dtype) if bias_dtype else None,
-            *(None,) * 11,
+            *(None,) * 10,
         )
 
 
@@ -121,21 +104,17 @@ def _moments(input: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     return moments(input, residual)
 
 
-def _merge(
-    messages: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def sync_merge(messages: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    return torch.ops.fusedres.sync_merge(*flat((messages,), (norm,)))
+
+
+def _merge(messages: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     from fusedres.kernels.sync_batch_norm import merge
 
-    mean, var = contiguous(running_mean), contiguous(running_var)
-    merged = merge(messages, contiguous(weight), contiguous(bias), mean, var, num_batches_tracked, momentum, eps)
-    finish_update(running_mean, running_var, num_batches_tracked, mean, var)
+    norms = (unflat(args, training=True),)
+    read = at_unit_stride(norms)
+    merged = merge(messages, *read)
+    finish_update(norms, read)
     return merged
 
 
@@ -185,14 +164,8 @@ def _fake_merge(messages: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _fake_normalise(
     input: Tensor, residual: Tensor | None, stats: Tensor, act: str | None, save_for_backward: bool
 ) -> tuple[Tensor, Tensor]:
-    channels = input.shape[1]
-    masked = save_for_backward and residual is not None and act is not None
-    return (
-        torch.empty_like(
-            input, dtype=input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
-        ),
-        input.new_empty((input.numel() // channels + 7) // 8 * channels if masked else 0, dtype=torch.uint8),
-    )
+    dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
+    return torch.empty_like(input, dtype=dtype), mask_of(input, save_for_backward and is_masked(residual, act))
 
 
 def _fake_reduce(
@@ -207,12 +180,7 @@ def _fake_gradient(grad: Tensor, grad_sum: Tensor | None, input: Tensor, *args: 
 
 
 register("sync_moments(Tensor input, Tensor? residual) -> (Tensor message, Tensor sum)", _moments, _fake_moments)
-register(
-    "sync_merge(Tensor messages, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor stats, Tensor inverse)",
-    _merge,
-    _fake_merge,
-)
+register(f"sync_merge(Tensor messages, {NORM}) -> (Tensor stats, Tensor inverse)", _merge, _fake_merge)
 register(
     "sync_normalise(Tensor input, Tensor? residual, Tensor stats, str? act, bool save_for_backward) "
     "-> (Tensor out, Tensor mask)",

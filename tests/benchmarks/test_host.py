@@ -17,7 +17,9 @@ from benchmarks.results import Row
 from benchmarks.suite import CPU, Request
 from benchmarks.suites import host
 from fusedres.functional import add_batch_norm_act, batch_norm_act
-from fusedres.ops import batch_norm, registration
+from fusedres.norm import Norm
+from fusedres.ops import batch_norm_act as batch_norm_act_operator
+from fusedres.ops import registration
 from tests.kernels.compiled import compiled
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -63,13 +65,13 @@ def backward(x: Tensor) -> None:
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether a call was left to the dispatcher."""
     seen: list[bool] = []
-    unobserved = registration._unobserved
+    unobserved = registration.unobserved
 
     def noting(args: tuple[Any, ...]) -> bool:
         seen.append(not unobserved(args))
         return not seen[-1]
 
-    monkeypatch.setattr(registration, "_unobserved", noting)
+    monkeypatch.setattr(registration, "unobserved", noting)
     return seen
 
 
@@ -131,9 +133,15 @@ def test_both_ways_give_the_same_bits():
     x, residual = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE, requires_grad=True)
     weight = torch.rand(8, requires_grad=True)
     results = []
-    for call in (batch_norm.batch_norm_act, torch.ops.fusedres.batch_norm_act):
+    for direct in (True, False):
         mean, var, count = torch.zeros(8), torch.ones(8), torch.tensor(0)
-        out = call(x, residual, weight, None, mean, var, count, 0.1, 1e-5, "relu", False, True)[0]
+        if direct:
+            norm = Norm(mean, var, weight, training=True, num_batches_tracked=count)
+            out, *_ = batch_norm_act_operator(x, residual, norm, "relu", False, True)
+        else:
+            out, *_ = torch.ops.fusedres.batch_norm_act(
+                x, residual, weight, None, mean, var, count, 0.1, 1e-5, "relu", False, True
+            )
         assert [buffer._version for buffer in (mean, var, count)] == [1, 1, 1]
         grads = torch.autograd.grad(out, [x, residual, weight], torch.ones_like(out))
         results.append([out, mean, var, count, *grads])

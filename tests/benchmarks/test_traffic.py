@@ -108,10 +108,8 @@ def test_a_product_that_moves_less_than_its_budget_is_refused() -> None:
 
 def test_every_kernel_is_measured() -> None:
     root = Path(__file__).parents[2]
-    sources = [path.read_text() for path in (root / "kernels").glob("*.py")]
+    sources = [path.read_text() for path in (root / "fusedres" / "kernels").glob("*.py")]
     kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
     rows = results.read(results.RESULTS / "cpu" / "traffic.jsonl")
     # Ranks merge vectors alone, whatever the activation is; test_sync_batch_norm counts their launches and bytes.
-    # Programs that wait for each other cannot be interpreted; test_cooperative runs one of them alone.
-    others = {"_batch_norm_merge_kernel", "_batch_norm_fwd_cooperative_kernel"}
-    assert {name for row in rows for name in row.note.split(", ")} == kernels - others
+    assert {name for row in rows for name in row.note.split(", ")} == kernels - {"_batch_norm_merge_kernel"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedres import functional, reference
-from fusedres.functional import BatchNormState
+from fusedres.functional import Norm
 from tests.oracle import BOUNDARY, Tensors, assert_as_good_as_eager, layout, to_double
 
 LEAVES = ("input", "other", "weight", "bias", "other_weight", "other_bias")
@@ -39,12 +39,12 @@ class JoinInputs:
     def map(self, function: Callable[[Tensor], Tensor]) -> JoinInputs:
         return JoinInputs(*(None if t is None else function(t) for t in vars(self).values()))  # type: ignore[arg-type]
 
-    def norm(self, prefix: str, training: bool, momentum: float | None = 0.1, eps: float = 1e-5) -> BatchNormState:
+    def norm(self, prefix: str, training: bool, momentum: float | None = 0.1, eps: float = 1e-5) -> Norm:
         given = vars(self)
         mean, var, weight, bias, count = (
             given[prefix + name] for name in ("running_mean", "running_var", "weight", "bias", "num_batches_tracked")
         )
-        return BatchNormState(mean, var, weight, bias, training, momentum, eps, count)
+        return Norm(mean, var, weight, bias, training, momentum, eps, count)
 
 
 def join_inputs(

@@ -317,7 +317,18 @@ def test_opcheck_backward(device, frozen):
     mask = torch.randint(0, 256, (3 * 2 * 4,), dtype=torch.uint8, device=device)
     torch.library.opcheck(
         torch.ops.fusedres.batch_norm_act_global_avg_pool2d_backward.default,
-        (torch.randn(3, 4, 1, 1, device=device), x, stats, mask, "relu", frozen, True, x.dtype, torch.float32, None),
+        (
+            torch.randn(3, 4, 1, 1, device=device),
+            None,
+            x,
+            stats,
+            mask,
+            "relu",
+            frozen,
+            *2 * [x.dtype],
+            torch.float32,
+            None,
+        ),
     )
 
 

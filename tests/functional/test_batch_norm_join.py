@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fusedres import reference
 from fusedres.functional import (
-    BatchNormState,
+    Norm,
     batch_norm_add_batch_norm_act,
     forked_batch_norm_add_batch_norm_act,
 )
@@ -247,7 +247,7 @@ def test_strided_activations(device, training):
 
     def results(join, x, y, grad, grad_fork):
         leaves = [t.detach().requires_grad_() for t in (x, y)]
-        norms = [BatchNormState(*(f(8, dtype=x.dtype, device=device) for f in (torch.zeros, torch.ones))) for _ in "ab"]
+        norms = [Norm(*(f(8, dtype=x.dtype, device=device) for f in (torch.zeros, torch.ones))) for _ in "ab"]
         outs = join(*leaves, *(norm._replace(training=training) for norm in norms), act="relu")
         outs = (outs, outs) if isinstance(outs, torch.Tensor) else outs
         torch.autograd.backward(outs, [grad.expand_as(outs[0]), grad_fork])
@@ -337,8 +337,8 @@ def test_refused_before_anything_is_updated(device, change, error, message):
 
 @pytest.mark.parametrize("norm", ["norm", "other_norm"])
 def test_statistics_that_are_missing(norm):
-    x, state = torch.randn(3, 4, 5, 5), BatchNormState(torch.zeros(4), torch.ones(4))
-    norms = {"norm": state, "other_norm": state} | {norm: BatchNormState(None, None)}
+    x, state = torch.randn(3, 4, 5, 5), Norm(torch.zeros(4), torch.ones(4))
+    norms = {"norm": state, "other_norm": state} | {norm: Norm(None, None)}
     with pytest.raises(ValueError, match=rf"^{norm}\.running_mean .* when {norm}\.training is False"):
         batch_norm_add_batch_norm_act(x, x, **norms)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.instruments.saved import saved_for_backward
 from fusedres import functional, reference
-from fusedres.functional import BatchNormState, batch_norm_act, forked_batch_norm_act
+from fusedres.functional import Norm, batch_norm_act, forked_batch_norm_act
 from fusedres.kernels import batch_norm_backward, tiling
 from fusedres.kernels.layout import rows
 from tests.oracle import (
@@ -38,7 +38,7 @@ residual_or_not = pytest.mark.parametrize("residual", [True, False], ids=["resid
 
 def split(input: Tensor, running_mean, running_var, weight, bias, residual, act, **options) -> tuple[Tensor, Tensor]:
     """As the oracle calls a function: the arguments by name, two outputs."""
-    norm = BatchNormState(running_mean, running_var, weight, bias, **options)
+    norm = Norm(running_mean, running_var, weight, bias, **options)
     return forked_batch_norm_act(input, norm, residual=residual, act=act)
 
 
@@ -111,7 +111,7 @@ def outputs_of(inputs: BatchNormInputs, training: bool, act: str | None, needed:
     given = inputs.map(lambda t: t.clone())
     leaves = {name: getattr(given, name) for name in ("input", "residual", "weight", "bias")}
     leaves = {name: leaf.requires_grad_(name in needed) for name, leaf in leaves.items() if leaf is not None}
-    norm = BatchNormState(given.running_mean, given.running_var, given.weight, given.bias, training)
+    norm = Norm(given.running_mean, given.running_var, given.weight, given.bias, training)
     out, fork = forked_batch_norm_act(given.input, norm, residual=given.residual, act=act)
     return leaves, {"out": out, "fork": fork}
 
@@ -198,7 +198,7 @@ def test_second_gradient_of_another_dtype(device):
     grad, other = torch.randn(2, *ONE_LAUNCH, device=device).to(torch.bfloat16)
     found = [
         torch.ops.fusedres.batch_norm_act_backward(
-            grad, fork, x, stats, x.new_empty(0, dtype=torch.uint8), "relu", False, True, None, torch.float32, None
+            grad, fork, x, stats, None, "relu", False, True, x.dtype, None, torch.float32, None
         )
         for fork in (other, other.float())
     ]
@@ -223,7 +223,7 @@ def test_not_finite(device, path, residual):
 @both_modes
 def test_empty_batch(device, training):
     x = torch.randn(0, 3, 4, 4, device=device, requires_grad=True)
-    norm = BatchNormState(torch.zeros(3, device=device), torch.ones(3, device=device), training=training)
+    norm = Norm(torch.zeros(3, device=device), torch.ones(3, device=device), training=training)
     outputs = forked_batch_norm_act(x, norm, residual=x, act="relu")
     torch.autograd.backward(outputs, [torch.empty_like(x)] * 2)
     assert x.grad.shape == x.shape
@@ -237,7 +237,7 @@ def test_saved_bytes(device, training, residual):
     for leaf in (inputs.input, inputs.residual, inputs.weight, inputs.bias):
         if leaf is not None:
             leaf.requires_grad_()
-    norm = BatchNormState(inputs.running_mean, inputs.running_var, inputs.weight, inputs.bias, training)
+    norm = Norm(inputs.running_mean, inputs.running_var, inputs.weight, inputs.bias, training)
     owned = [t for t in (inputs.input, inputs.residual, *norm.tensors) if t is not None]
 
     def apart():
@@ -283,7 +283,7 @@ def test_double_backward_is_refused(device):
 def test_what_is_refused(device):
     x = torch.randn(2, 3, 4, 4, device=device)
     with pytest.raises(ValueError, match="act must be one of"):
-        forked_batch_norm_act(x, BatchNormState(None, None, training=True), act="gelu")
+        forked_batch_norm_act(x, Norm(None, None, training=True), act="gelu")
     assert "forked_batch_norm_act" not in functional.__all__
 
 
@@ -312,13 +312,13 @@ def test_opcheck_backward(device, frozen, act):
     mask = torch.randint(0, 256, (6 * 4,), dtype=torch.uint8, device=device)
     torch.library.opcheck(
         torch.ops.fusedres.batch_norm_act_backward.default,
-        (grad, fork, x, stats, mask, act, frozen, True, x.dtype, torch.float32, None),
+        (grad, fork, x, stats, mask, act, frozen, True, x.dtype, x.dtype, torch.float32, None),
     )
 
 
 def two_readers(x: Tensor, residual: Tensor, *buffers: Tensor, training: bool) -> Tensor:
     """Two layers: both names of the first are read, by the layer behind it and by its skip."""
-    first, second = (BatchNormState(*pair, training=training) for pair in (buffers[:2], buffers[2:]))
+    first, second = (Norm(*pair, training=training) for pair in (buffers[:2], buffers[2:]))
     out, fork = forked_batch_norm_act(x, first, residual=residual, act="relu")
     return batch_norm_act(out.square(), *second[:7], residual=fork, act="relu")
 
@@ -351,7 +351,7 @@ def test_compiled_outputs(device, used):
     torch._dynamo.reset()
 
     def run(x: Tensor) -> dict[str, Tensor]:
-        out, fork = forked_batch_norm_act(x, BatchNormState(None, None, training=True), act="relu")
+        out, fork = forked_batch_norm_act(x, Norm(None, None, training=True), act="relu")
         return {"out": out, "fork": fork}
 
     x, *grads = torch.randn(3, *ONE_LAUNCH, device=device)

@@ -64,13 +64,14 @@ def whole_memory() -> Iterator[None]:
 
 def test_statistics_bit_for_bit(record_property):
     """10⁵ launches of the last-arriver reduction: a store that overtakes its atomic would show here."""
-    from fusedres.kernels.batch_norm_forward import batch_norm_fwd_stats
+    from fusedres.kernels.batch_norm_statistics import batch_norm_fwd_stats
     from fusedres.kernels.layout import rows
+    from fusedres.norm import Norm
 
     x = activation()
 
     def stats() -> Tensor:
-        return batch_norm_fwd_stats(x, rows(x), None, None, None, None, None, 0.1, 1e-5)
+        return batch_norm_fwd_stats(x, rows(x), Norm(None, None, training=True))
 
     first = stats()
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedres import functional
 from fusedres.functional import (
-    BatchNormState,
+    Norm,
     add_batch_norm_act,
     batch_norm_act,
     batch_norm_act_global_avg_pool2d,
@@ -25,7 +25,7 @@ from fusedres.functional import (
 from tests.oracle import LINEAR_LN, LN_LINEAR, linear_inputs, run_linear
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("triton_backend")]
-KERNELS = Path(__file__).parents[2] / "kernels"
+KERNELS = Path(__file__).parents[2] / "fusedres" / "kernels"
 Case = Callable[[torch.device], list[Tensor]]  # what must be finite
 
 
@@ -76,8 +76,7 @@ def forked(shape: tuple[int, ...], channels_last: bool, training: bool) -> Case:
                 torch.randn(shape).to(device, dtype).contiguous(memory_format=form).requires_grad_() for _ in range(2)
             )
             norms = [
-                BatchNormState(*(torch.ones(shape[1], device=device) for _ in range(3)), training=training)
-                for _ in range(2)
+                Norm(*(torch.ones(shape[1], device=device) for _ in range(3)), training=training) for _ in range(2)
             ]
             norms[0].weight.requires_grad_()
             joined = forked_batch_norm_add_batch_norm_act(x, other, *norms, act="relu")
@@ -108,25 +107,11 @@ def ranks(device: torch.device) -> list[Tensor]:
     vectors = [torch.ones(40, device=device) for _ in range(4)]
     message, s = sync.moments(x, x)
     count = torch.zeros((), dtype=torch.int64, device=device)
-    stats, inverse = sync.merge(torch.stack([message] * 3), *vectors, count, 0.1, 1e-5)
+    norm = Norm(*vectors, training=True, num_batches_tracked=count)
+    stats, inverse = sync.merge(torch.stack([message] * 3), norm)
     out, mask = sync.normalise(s, None, stats, "relu", True)
     sums, _ = sync.reduce(out, s, stats, mask, "relu", None)
     return [sync.gradient(out, s, s, stats, sums * inverse, mask, "relu"), out, count]
-
-
-def cooperative(device: torch.device) -> list[Tensor]:
-    """Interpreted, one program a channel tile, for it may not wait for others."""
-    from fusedres.kernels import batch_norm_cooperative, layout, tiling
-
-    x = torch.randn(5, 40, *((33, 17) if device.type == "cuda" else (3, 3))).to(device)
-    config = tiling.cooperative(layout.rows(x), x.itemsize, 132)
-    assert config is not None and (config.programs > 1) == (device.type == "cuda")
-    vectors = [torch.ones(40, device=device) for _ in range(4)]
-    count = torch.zeros((), dtype=torch.int64, device=device)
-    y, *_ = batch_norm_cooperative.batch_norm_fwd_cooperative(
-        x, x, layout.rows(x), config, *vectors, count, 0.1, 1e-5, "relu", True
-    )
-    return [y, count]
 
 
 LAYERS = (  # the first of each layout fits on-chip, the second needs two launches and several programs a channel tile
@@ -134,7 +119,6 @@ LAYERS = (  # the first of each layout fits on-chip, the second needs two launch
 )  # fmt: skip
 CASES = {
     "batch_norm over ranks": ranks,
-    "cooperative batch_norm": cooperative,
     **{
         f"batch_norm {shape}, {'channels-last' if last else 'NCHW'}, {mode}": batch_norm(
             shape, last, mode == "training"

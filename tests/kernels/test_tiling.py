@@ -54,20 +54,6 @@ def test_on_chip(view, itemsize):
     assert config.block_m * config.block_c <= tiling.ON_CHIP_ELEMENTS
 
 
-@given(views, itemsizes, st.sampled_from([1, 108, 132, 304]))
-def test_cooperative(view, itemsize, num_sms):
-    config = tiling.cooperative(view, itemsize, num_sms)
-    if config is None:
-        return
-    check(view, config)
-    assert config.programs * config.block_m >= view.M > (config.programs - 1) * config.block_m
-    # One wave, by registers; and two counters a channel tile beside that of the launch.
-    assert config.programs * config.channel_tiles <= tiling.RESIDENT * num_sms
-    assert tiling.RESIDENT * 8 * 32 * tiling.RESIDENT_REGISTERS <= 1 << 16
-    assert config.num_warps <= 8
-    assert 2 * config.channel_tiles <= tiling.MAX_CHANNEL_TILES
-
-
 image_views = st.builds(
     lambda n, c, s, last: Rows(n * s, c, s, last),
     st.integers(1, 1 << 16), st.integers(1, 1 << 14), st.integers(1, 1 << 14), st.booleans(),

@@ -32,7 +32,7 @@ def leaves(device: torch.device, training: bool = True, *, grad: bool = True, gr
 def test_opcheck(device, training, grad):
     t = leaves(device, training, grad=grad, groups=2)
     t["input"] = t["input"].detach().contiguous(memory_format=torch.channels_last).requires_grad_(grad)
-    given = [t[name] for name in (*LEAVES, "running_mean", "running_var")]
+    given = [t[name] for name in ("input", "conv_weight", "conv_bias", "weight", "bias", "running_mean", "running_var")]
     if training:
         operator, rest = torch.ops.fusedres.batch_norm_act_conv2d.default, (t["num_batches_tracked"], 0.1)
     else:
@@ -53,7 +53,7 @@ def test_opcheck_backward(device, channels_last, frozen, sum_used, dtype, needs_
     grad = torch.randn(3, 6, 7, 2, device=device)
     torch.library.opcheck(
         torch.ops.fusedres.batch_norm_act_conv2d_backward.default,
-        (grad, torch.randn_like(x) if sum_used else None, x, torch.rand(4, 8, device=device), conv_weight, 1e-5, "relu",
+        (grad, torch.randn_like(x) if sum_used else None, x, torch.rand(4, 8, device=device), conv_weight, "relu",
          frozen, *GEOMETRY, dtype, dtype, None, needs_conv),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fusedres import functional
 from fusedres.functional import (
-    BatchNormState,
+    Norm,
     batch_norm_add_batch_norm_act,
     forked_batch_norm_add_batch_norm_act,
 )
@@ -36,9 +36,9 @@ def test_opcheck_training(device, fork, grad):
     torch.library.opcheck(
         torch.ops.fusedres.batch_norm_add_batch_norm_act.default,
         (
-            *(getattr(t, name) for name in LEAVES), t.running_mean, t.running_var, t.num_batches_tracked,
-            t.other_running_mean, t.other_running_var, t.other_num_batches_tracked, 0.1, None, 1e-5, 1e-3, "relu",
-            fork, grad,
+            t.input, t.other, t.weight, t.bias, t.running_mean, t.running_var, t.num_batches_tracked, 0.1, 1e-5,
+            t.other_weight, t.other_bias, t.other_running_mean, t.other_running_var, t.other_num_batches_tracked, None,
+            1e-3, "relu", fork, grad,
         ),
     )  # fmt: skip
 
@@ -50,8 +50,8 @@ def test_opcheck_inference(device, fork, grad):
     torch.library.opcheck(
         torch.ops.fusedres.batch_norm_add_batch_norm_act_inference.default,
         (
-            *(getattr(t, name) for name in LEAVES), t.running_mean, t.running_var, t.other_running_mean,
-            t.other_running_var, 1e-5, 1e-3, "relu", fork, grad,
+            t.input, t.other, t.weight, t.bias, t.running_mean, t.running_var, 1e-5, t.other_weight, t.other_bias,
+            t.other_running_mean, t.other_running_var, 1e-3, "relu", fork, grad,
         ),
     )  # fmt: skip
 
@@ -72,9 +72,9 @@ def test_empty_batches_are_counted(device):
     """Also by the operator itself, which a compiled graph calls whatever the batch turns out to be."""
     t = join_inputs((0, 4, 5, 3), torch.float32).map(lambda t: t.to(device))
     out, *_ = torch.ops.fusedres.batch_norm_add_batch_norm_act(
-        *(getattr(t, name) for name in LEAVES), t.running_mean, t.running_var, t.num_batches_tracked,
-        t.other_running_mean, t.other_running_var, t.other_num_batches_tracked, 0.1, 0.1, 1e-5, 1e-5, "relu", True,
-        False,
+        t.input, t.other, t.weight, t.bias, t.running_mean, t.running_var, t.num_batches_tracked, 0.1, 1e-5,
+        t.other_weight, t.other_bias, t.other_running_mean, t.other_running_var, t.other_num_batches_tracked, 0.1, 1e-5,
+        "relu", True, False,
     )  # fmt: skip
     assert out.shape == t.input.shape
     assert (t.num_batches_tracked.item(), t.other_num_batches_tracked.item()) == (4, 1)
@@ -93,8 +93,8 @@ def test_saved_for_backward(device, fork, training):
     assert {t.input.data_ptr(), t.other.data_ptr()} <= {x.data_ptr() for x in saved}
 
 
-def state(norm: nn.BatchNorm2d) -> BatchNormState:
-    return BatchNormState(
+def state(norm: nn.BatchNorm2d) -> Norm:
+    return Norm(
         norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps,
         norm.num_batches_tracked,
     )  # fmt: skip

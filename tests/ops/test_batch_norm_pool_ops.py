@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres import reference
-from fusedres.functional import BatchNormState, batch_norm_act_max_pool2d, normalise_max_pool2d
+from fusedres.functional import Norm, batch_norm_act_max_pool2d, normalise_max_pool2d
 from fusedres.nn import BatchNormActMaxPool2d
 from tests.parameters import both_modes, compiled_modes
 
@@ -35,8 +35,8 @@ def tensors(device: torch.device, dtype: torch.dtype = torch.float32, *, grad: b
     }
 
 
-def state(t: dict[str, Tensor], training: bool) -> BatchNormState:
-    return BatchNormState(t["running_mean"].clone(), t["running_var"].clone(), t["weight"], t["bias"], training)
+def state(t: dict[str, Tensor], training: bool) -> Norm:
+    return Norm(t["running_mean"].clone(), t["running_var"].clone(), t["weight"], t["bias"], training)
 
 
 @pytest.mark.parametrize(("grad", "fork"), [(True, False), (True, True), (False, False)])
@@ -58,7 +58,7 @@ def test_opcheck_backward(device, frozen, fork):
     x, stats = torch.randn(SHAPE, device=device), torch.rand(4, 4, device=device)
     winner = torch.randint(0, 9, POOLED, dtype=torch.uint8, device=device)
     grad, other = torch.randn(2, *POOLED, device=device)
-    arguments = (grad, other if fork else None, x, stats, winner, *WINDOW, frozen, True, torch.float32, None)
+    arguments = (grad, other if fork else None, x, stats, winner, *WINDOW, frozen, x.dtype, None, torch.float32, None)
     torch.library.opcheck(torch.ops.fusedres.batch_norm_act_max_pool2d_backward.default, arguments)
 
 
@@ -137,7 +137,7 @@ def test_fork_of_two_dtypes(device):
     grad, stats = torch.randn(POOLED, device=device).bfloat16(), torch.rand(4, 4, device=device)
     winner = torch.randint(0, 9, POOLED, dtype=torch.uint8, device=device)
     backward = torch.ops.fusedres.batch_norm_act_max_pool2d_backward
-    rest = (t["input"].detach(), stats, winner, *WINDOW, True, True, None, None)
+    rest = (t["input"].detach(), stats, winner, *WINDOW, True, torch.bfloat16, None, None, None)
     assert torch.equal(backward(grad, grad.float(), *rest)[0], backward(grad, grad, *rest)[0])
     assert outputs[1].requires_grad
 
@@ -158,7 +158,7 @@ def test_compiled_fork(device, training, backend):
     torch._dynamo.reset()
     t = tensors(device)
 
-    def run(x: Tensor, norm: BatchNormState) -> Tensor:
+    def run(x: Tensor, norm: Norm) -> Tensor:
         main, skip = normalise_max_pool2d(x, norm, "relu", (3, 2, 1, 1, False), fork=True)
         return main.sin() + 2 * skip
 

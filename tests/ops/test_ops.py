@@ -67,7 +67,7 @@ def test_opcheck_backward(device, frozen):
     mask = torch.randint(0, 256, (6 * 4,), dtype=torch.uint8, device=device)
     torch.library.opcheck(
         torch.ops.fusedres.batch_norm_act_backward.default,
-        (torch.randn_like(x), None, x, stats, mask, "relu", frozen, True, x.dtype, torch.float32, None),
+        (torch.randn_like(x), None, x, stats, mask, "relu", frozen, True, x.dtype, x.dtype, torch.float32, None),
     )
 
 
@@ -111,8 +111,8 @@ def test_opcheck_sum_backward(device, term_dtype, sum_used, frozen):
     grad, grad_sum = torch.randn_like(s), torch.randn_like(s) if sum_used else None
     stats = torch.rand(4, 4, device=device)
     torch.library.opcheck(
-        torch.ops.fusedres.add_batch_norm_act_backward.default,
-        (grad, grad_sum, s, stats, "relu", frozen, term_dtype, torch.float32, None),
+        torch.ops.fusedres.batch_norm_act_backward.default,
+        (grad, grad_sum, s, stats, None, "relu", frozen, False, term_dtype, None, torch.float32, None),
     )
 
 

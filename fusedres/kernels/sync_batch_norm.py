@@ -17,15 +17,12 @@ from torch import Tensor
 
 from fusedres.kernels import tiling
 from fusedres.kernels._common import _chan_merge, _moments, _rstd
-from fusedres.kernels.batch_norm_backward import Gradients, batch_norm_bwd_apply, batch_norm_bwd_reduce
-from fusedres.kernels.batch_norm_forward import (
-    _affine,
-    _batch_norm_fwd_stats_kernel,
-    _update_running,
-    batch_norm_fwd_apply,
-)
+from fusedres.kernels.batch_norm_backward import batch_norm_bwd_apply, batch_norm_bwd_reduce
+from fusedres.kernels.batch_norm_forward import batch_norm_fwd_apply
+from fusedres.kernels.batch_norm_statistics import _affine, _batch_norm_fwd_stats_kernel, _update_running
 from fusedres.kernels.layout import rows
 from fusedres.kernels.workspace import counters, num_sms, on_device
+from fusedres.norm import Gradients, Norm
 
 
 @triton.jit(do_not_specialize=["C", "ranks"])
@@ -80,28 +77,20 @@ def moments(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     return message, x.new_empty(0) if s is None else s
 
 
-def merge(
-    messages: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def merge(messages: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(stats, inverse) of ``messages`` [ranks, 2C + 1]; updates the running statistics. One launch.
 
     ``inverse`` [2, C] is 1/count and rstd/count, with the count over all ranks.
     """
+    mean, var, weight, bias, _, momentum, eps, count = norm
     ranks, C = messages.shape[0], messages.shape[1] // 2
     stats = messages.new_empty(4, C)
     inverse = messages.new_empty(2, C)
     block_c = max(64, tiling.next_power_of_2(tiling.cdiv(C, tiling.MAX_CHANNEL_TILES)))
     with on_device(messages.device):
         _batch_norm_merge_kernel[(tiling.cdiv(C, block_c),)](
-            messages, None if num_batches_tracked is None else counters(messages.device), stats, inverse,
-            weight, bias, running_mean, running_var, num_batches_tracked,
+            messages, None if count is None else counters(messages.device), stats, inverse,
+            weight, bias, mean, var, count,
             C, ranks, momentum,
             EPS=eps, BLOCK_C=block_c, BLOCK_P=16, num_warps=4,
         )  # fmt: skip
@@ -113,7 +102,7 @@ def normalise(
 ) -> tuple[Tensor, Tensor]:
     """(act(bn(x) + residual), mask) of a dense x; reads x and the residual, writes both outputs. One launch."""
     save_mask = save_mask and residual is not None and act is not None  # else the sign is found again from x
-    return batch_norm_fwd_apply(x, residual, rows(x), stats, None, None, None, 0.0, act, save_mask)
+    return batch_norm_fwd_apply(x, residual, rows(x), stats, None, act, save_mask)
 
 
 def reduce(

@@ -9,7 +9,6 @@ from fusedres.kernels.layout import Rows, alignment
 
 TILE_ELEMENTS = 4096  # 16 a thread at 8 warps in 16 bits: two 128-bit loads of every operand in flight
 ON_CHIP_ELEMENTS = 8192  # 16 a thread at 16 warps; with 32 the backward spilled on sm_100, the forward on gfx942
-RESIDENT, RESIDENT_REGISTERS = 3, 80  # programs a multiprocessor that wait for each other, registers of their threads
 MIN_ROWS = 128  # rows a program handles at least, so that per-channel vectors stay under 5% of its traffic
 MANY_ROWS = 8192  # enough of them for programs of twice as many
 MAX_CHANNEL_TILES = 1023  # one arrival counter each, and one for the launch
@@ -160,20 +159,6 @@ def on_chip(view: Rows, itemsize: int, tensors: int = 1) -> Tiling | None:
         return None
     warps = _num_warps(view, itemsize, block_m * block_c, tensors)
     return Tiling(block_m, block_c, warps, 1, cdiv(view.C, block_c), 1)
-
-
-@functools.lru_cache(SHAPES)
-def cooperative(view: Rows, itemsize: int, num_sms: int) -> Tiling | None:
-    """For the launch whose programs wait for each other: a tile each, all resident at once; ``None`` where they do
-    not fit.
-
-    ``RESIDENT`` programs of up to 8 warps are, on every architecture, if their threads have few enough registers.
-    """
-    block_m, block_c = _tile(view, itemsize)
-    channel_tiles, programs = cdiv(view.C, block_c), cdiv(view.M, block_m)
-    if channel_tiles * programs > RESIDENT * num_sms or 2 * channel_tiles > MAX_CHANNEL_TILES:
-        return None
-    return Tiling(block_m, block_c, _num_warps(view, itemsize, block_m * block_c), programs, channel_tiles, 1)
 
 
 @dataclass(frozen=True)

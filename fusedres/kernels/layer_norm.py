@@ -5,7 +5,7 @@ the backward finds the normalised row, and the sign of the ReLU's input, again f
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false
 # (the device language only looks like Python)
 from __future__ import annotations
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fusedres.kernels import tiling
 from fusedres.kernels._common import _normalise
-from fusedres.kernels.batch_norm_forward import _load_affine, batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_statistics import UNUSED, _load_affine, batch_norm_fwd_stats
 from fusedres.kernels.layout import MAX_WINDOW, Planes, Window, alignment, planes, rows
 from fusedres.kernels.workspace import on_device
+from fusedres.norm import Norm
 
 CLOSED = tl.constexpr(MAX_WINDOW)
 UNROLLED = 32  # elements of a window or a cell, at most
@@ -145,14 +146,11 @@ def batch_norm_pool_fwd(
     x: Tensor,
     window: Window,
     stats: Tensor | None,
-    running: tuple[Tensor, Tensor] | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    running: Norm | None,
     act: str | None,
     save_winner: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y, winner) from ``stats``, or from the running statistics, which then fill ``stats`` where it is given.
+    """(y, winner) from ``stats``, or from the statistics of ``running``, which then fill ``stats`` where it is given.
 
     Reads x, of which overlapping windows find what others have read in the caches; writes y and, if ``save_winner``,
     one byte an output; one launch.
@@ -161,10 +159,10 @@ def batch_norm_pool_fwd(
     config = tiling.pool_elementwise(view.outputs, x.itemsize)
     y = view.pooled(x, x.dtype)
     winner = view.pooled(x, torch.uint8) if save_winner else x.new_empty(0, dtype=torch.uint8)
-    running_mean, running_var = running or (None, None)
+    mean, var, weight, bias, _, _, eps, _ = running or UNUSED
     with on_device(x.device):
         _batch_norm_pool_fwd_kernel[config.grid](
-            x, stats, running_mean, running_var, weight, bias, y, winner if save_winner else None,
+            x, stats, mean, var, weight, bias, y, winner if save_winner else None,
             *view[:4],
             EPS=eps, RELU=act == "relu", **constants(view),
             TILES=config.tiles, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
@@ -175,37 +173,24 @@ def batch_norm_pool_fwd(
 def batch_norm_act_max_pool2d_forward(
     x: Tensor,
     window: Window,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
+    norm: Norm,
     act: str | None,
     save_winner: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, stats, winner) with the statistics of the batch, in two launches."""
-    stats = batch_norm_fwd_stats(
-        x, rows(x), weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-    )  # fmt: skip
-    y, winner = batch_norm_pool_fwd(x, window, stats, None, None, None, eps, act, save_winner)
+    stats = batch_norm_fwd_stats(x, rows(x), norm)
+    y, winner = batch_norm_pool_fwd(x, window, stats, None, act, save_winner)
     return y, stats, winner
 
 
 def batch_norm_act_max_pool2d_inference_forward(
     x: Tensor,
     window: Window,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
+    norm: Norm,
     act: str | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, stats, winner) with the running statistics, in one launch; the last two are empty unless ``save``."""
     stats = x.new_empty((4, x.shape[1]) if save else 0, dtype=torch.float32)
-    running = (running_mean, running_var)
-    y, winner = batch_norm_pool_fwd(x, window, stats if save else None, running, weight, bias, eps, act, save)
+    y, winner = batch_norm_pool_fwd(x, window, stats if save else None, norm, act, save)
     return y, stats, winner

@@ -13,8 +13,6 @@ an argument of the kernels, ``other_ptr``; FORK says which it is.
 # (the device language only looks like Python)
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -34,15 +32,7 @@ from fusedres.kernels._common import (
 from fusedres.kernels.layout import Rows, rows
 from fusedres.kernels.tiling import Tiling
 from fusedres.kernels.workspace import counters, num_sms, on_device
-
-
-class Gradients(NamedTuple):
-    """What the backward returns; ``None`` where it was not asked for."""
-
-    x: Tensor | None
-    residual: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+from fusedres.norm import Gradients
 
 
 @triton.jit

@@ -1,15 +1,13 @@
 """Forward kernels of act(bn_a(a) + bn_b(b)), the join of a projection block, and their launchers.
 
-Statistics are those of ``batch_norm_forward``: one ``stats`` [4, C] for each input. Nothing is saved for the ReLU: the
-backward has both inputs to read in any case, and finds the sign again from them.
+Statistics are those of ``batch_norm_statistics``: one ``stats`` [4, C] for each input. Nothing is saved for the ReLU:
+the backward has both inputs to read in any case, and finds the sign again from them.
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false
 # (the device language only looks like Python)
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,25 +22,11 @@ from fusedres.kernels._common import (
     _positive,
     _tile_offsets,
 )
-from fusedres.kernels.batch_norm_forward import _affine, _update_running, batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_statistics import UNUSED, _affine, _update_running, batch_norm_fwd_stats
 from fusedres.kernels.layout import Rows, rows
 from fusedres.kernels.tiling import Tiling
 from fusedres.kernels.workspace import counters, on_device
-
-
-class Norm(NamedTuple):
-    """What a BatchNorm normalises with and updates. Kernels take it, without eps, as one argument."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    momentum: float | None
-    eps: float
-
-
-_UNUSED = Norm(None, None, None, None, None, None, 0.0)  # where statistics are given
+from fusedres.norm import Norm
 
 # In the kernels norm[0] is the weight, [1] the bias, [2] and [3] the running mean and variance, [4] the batch counter
 # and [5] the momentum, each None where there is none.
@@ -156,6 +140,12 @@ def _batch_norm_join_fwd_on_chip_kernel(
     _store_activation(z, y_ptr, base, offsets, mask, RELU)
 
 
+def _arguments(norm: Norm) -> tuple[Tensor | float | None, ...]:
+    """What a kernel takes as one argument; without what only training reads, each of which is a variant of its own."""
+    mean, var, weight, bias, training, momentum, _, count = norm
+    return (weight, bias, mean, var, count, momentum) if training else (weight, bias, mean, var, None, None)
+
+
 def batch_norm_join_fwd_apply(
     a: Tensor,
     b: Tensor,
@@ -171,10 +161,10 @@ def batch_norm_join_fwd_apply(
     """
     config = tiling.elementwise(view, a.itemsize)
     y = torch.empty_like(a)
-    norm_a, norm_b = norms or (_UNUSED, _UNUSED)
+    norm_a, norm_b = norms or (UNUSED, UNUSED)
     with on_device(a.device):
         _batch_norm_join_fwd_apply_kernel[config.grid](
-            a, b, stats_a, stats_b, norm_a[:-1], norm_b[:-1], y,
+            a, b, stats_a, stats_b, _arguments(norm_a), _arguments(norm_b), y,
             view.M, view.C, view.S,
             EPS_A=norm_a.eps, EPS_B=norm_b.eps, RUNNING=norms is not None, RELU=act == "relu",
             CHANNELS_LAST=view.channels_last, ALIGN=view.align,
@@ -192,7 +182,7 @@ def batch_norm_join_fwd_on_chip(
     counted = norm_a.num_batches_tracked is not None or norm_b.num_batches_tracked is not None
     with on_device(a.device):
         _batch_norm_join_fwd_on_chip_kernel[config.grid](
-            a, b, counters(a.device) if counted else None, stats_a, stats_b, norm_a[:-1], norm_b[:-1], y,
+            a, b, counters(a.device) if counted else None, stats_a, stats_b, _arguments(norm_a), _arguments(norm_b), y,
             view.M, view.C, view.S,
             EPS_A=norm_a.eps, EPS_B=norm_b.eps, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
@@ -211,8 +201,8 @@ def batch_norm_join_forward(
     config = tiling.on_chip(view, a.itemsize, tensors=2)
     if config is not None:
         return batch_norm_join_fwd_on_chip(a, b, view, config, norm_a, norm_b, act)
-    stats_a = batch_norm_fwd_stats(a, view, *norm_a)
-    stats_b = batch_norm_fwd_stats(b, view, *norm_b)
+    stats_a = batch_norm_fwd_stats(a, view, norm_a)
+    stats_b = batch_norm_fwd_stats(b, view, norm_b)
     return batch_norm_join_fwd_apply(a, b, view, stats_a, stats_b, None, act), stats_a, stats_b
 
 

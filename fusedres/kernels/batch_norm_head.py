@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fusedres.kernels import tiling
 from fusedres.kernels._common import _aligned_extents, _moments, _normalise, _pack_bits, _positive
-from fusedres.kernels.batch_norm_forward import _affine, _load_affine, _update_running, batch_norm_fwd_stats
+from fusedres.kernels.batch_norm_statistics import UNUSED, _affine, _load_affine, _update_running, batch_norm_fwd_stats
 from fusedres.kernels.layout import Rows, pooled_like, rows
 from fusedres.kernels.tiling import ImageTiling
 from fusedres.kernels.workspace import counters, on_device
+from fusedres.norm import Norm
 
 
 @triton.jit
@@ -162,19 +163,19 @@ def _batch_norm_head_fwd_on_chip_kernel(
 
 
 def batch_norm_head_fwd_apply(
-    x: Tensor, residual: Tensor | None, view: Rows, stats: Tensor | None, running: tuple[Tensor, Tensor] | None,
-    weight: Tensor | None, bias: Tensor | None, eps: float, act: str | None, save_mask: bool,
+    x: Tensor, residual: Tensor | None, view: Rows, stats: Tensor | None, running: Norm | None, act: str | None,
+    save_mask: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(averages, mask) from ``stats``, or from the running statistics, which then fill ``stats`` where it is given.
+    """(averages, mask) from ``stats``, or from those of ``running``, which then fill ``stats`` where it is given.
 
     Reads x and the residual, writes [N, C] and, if ``save_mask``, one bit an element; one launch.
     """
     config = tiling.images(view, x.itemsize)
     pooled, mask = _outputs(x, residual, view, save_mask)
-    running_mean, running_var = running or (None, None)
+    mean, var, weight, bias, _, _, eps, _ = running or UNUSED
     with on_device(x.device):
         _batch_norm_head_fwd_apply_kernel[config.grid](
-            x, residual, stats, running_mean, running_var, weight, bias, pooled, mask if save_mask else None,
+            x, residual, stats, mean, var, weight, bias, pooled, mask if save_mask else None,
             view.images, view.C, view.S,
             EPS=eps, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             TILES=config.tiles, BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=config.block_c,
@@ -184,17 +185,16 @@ def batch_norm_head_fwd_apply(
 
 
 def batch_norm_head_fwd_on_chip(
-    x: Tensor, residual: Tensor | None, view: Rows, config: ImageTiling, weight: Tensor | None, bias: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
-    momentum: float | None, eps: float, act: str | None, save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, residual: Tensor | None, view: Rows, config: ImageTiling, norm: Norm, act: str | None, save_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(averages, stats, mask) in one launch: reads x and the residual once, writes [N, C] and the mask."""
+    mean, var, weight, bias, _, momentum, eps, count = norm
     pooled, mask = _outputs(x, residual, view, save_mask)
     stats = x.new_empty((4, view.C), dtype=torch.float32)
     with on_device(x.device):
         _batch_norm_head_fwd_on_chip_kernel[config.grid](
-            x, residual, None if num_batches_tracked is None else counters(x.device), stats, weight, bias,
-            running_mean, running_var, num_batches_tracked, pooled, mask if save_mask else None,
+            x, residual, None if count is None else counters(x.device), stats, weight, bias, mean, var, count,
+            pooled, mask if save_mask else None,
             view.images, view.C, view.S, momentum,
             EPS=eps, RELU=act == "relu", CHANNELS_LAST=view.channels_last, ALIGN=view.align,
             BLOCK_N=config.block_n, BLOCK_S=config.block_s, BLOCK_C=config.block_c, num_warps=config.num_warps,
@@ -209,30 +209,23 @@ def _outputs(x: Tensor, residual: Tensor | None, view: Rows, save_mask: bool) ->
 
 
 def batch_norm_head_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, num_batches_tracked: Tensor | None, momentum: float | None, eps: float,
-    act: str | None, save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, residual: Tensor | None, norm: Norm, act: str | None, save_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(averages, stats, mask) with the statistics of the batch: one launch where a channel tile fits on-chip."""
     view = rows(x)
-    updates = (running_mean, running_var, num_batches_tracked, momentum, eps)
     config = tiling.images_on_chip(view, x.itemsize)
     if config is not None:
-        return batch_norm_head_fwd_on_chip(x, residual, view, config, weight, bias, *updates, act, save_mask)
-    stats = batch_norm_fwd_stats(x, view, weight, bias, *updates)
-    pooled, mask = batch_norm_head_fwd_apply(x, residual, view, stats, None, None, None, eps, act, save_mask)
+        return batch_norm_head_fwd_on_chip(x, residual, view, config, norm, act, save_mask)
+    stats = batch_norm_fwd_stats(x, view, norm)
+    pooled, mask = batch_norm_head_fwd_apply(x, residual, view, stats, None, act, save_mask)
     return pooled, stats, mask
 
 
 def batch_norm_head_inference_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
-    running_var: Tensor, eps: float, act: str | None, save_stats: bool, save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, residual: Tensor | None, norm: Norm, act: str | None, save_stats: bool, save_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(averages, stats, mask) with the running statistics, in one launch; no ``stats`` unless ``save_stats``."""
     view = rows(x)
     stats = x.new_empty((4, view.C) if save_stats else 0, dtype=torch.float32)
-    running = (running_mean, running_var)
-    pooled, mask = batch_norm_head_fwd_apply(
-        x, residual, view, stats if save_stats else None, running, weight, bias, eps, act, save_mask
-    )
+    pooled, mask = batch_norm_head_fwd_apply(x, residual, view, stats if save_stats else None, norm, act, save_mask)
     return pooled, stats, mask

@@ -9,11 +9,12 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.fusion.derived import Derived, original_class
+from fusedres.fusion.derived import Derived, kind_of, original_class
 from fusedres.fusion.foreign import is_timms
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import is_hooked, is_plain
-from fusedres.fusion.tracing import has_own_call, is_torchs
+from fusedres.fusion.proxies import is_torchs
+from fusedres.fusion.tracing import has_own_call
 from fusedres.nn import OWN_NORMS, BatchNormActMaxPool2d, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
 Filter = Callable[[nn.Module, str], bool]
@@ -23,11 +24,6 @@ OWN_BLOCKS: dict[type[nn.Module], Call] = {
     LinearLayerNorm: Call("norm", "linear_ln_act"),
     ResidualMLPBlock: Call("norm", "linear_ln_act", "with the addition", adds=True),
 }
-
-
-def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The class of ``module`` before it was fused."""
-    return original_class(module) or type(module)
 
 
 def sealed(module: nn.Module) -> str | None:

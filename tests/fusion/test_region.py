@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from fusedres import models
-from fusedres.flat.convert import fuse, unfuse
-from fusedres.flat.region import Region
+from fusedres.fusion.convert import fuse, unfuse
+from fusedres.fusion.install import Region
 from tests import zoo, zoo_public
 from tests.zoo_public import SMALL, Entry
 

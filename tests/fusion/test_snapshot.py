@@ -33,7 +33,7 @@ OWN: dict[str, Callable[[], nn.Module]] = {
     ),
     "plain_mlp": lambda: models.plain_mlp(in_features=20, width=32, out_features=5, depth=3),
     "hand resnet34": zoo.hand_resnet34,
-    "hand resnet50": zoo.hand_resnet50,
+    "hand resnet50": lambda: zoo.hand_resnet34(zoo.HandBottleneck),
     "hand preact": lambda: zoo.HandPreActResNet(zoo.KuangliuBlock, [2, 2]),
     "hand preact bottleneck": lambda: zoo.HandPreActResNet(zoo.KuangliuBottleneck, [2, 2]),
     "hand projection": lambda: zoo.ProjectionBlock(8, 16),

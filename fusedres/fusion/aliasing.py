@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fusedres.fusion.foreign import is_foreign
+from fusedres.fusion.foreign import is_foreign, is_timms
 from fusedres.fusion.runtime import (
     is_hooked,
     linear_norm,
@@ -252,7 +252,7 @@ def is_tensor(root: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         home = type(module).__module__
-        plain = home.startswith(_TENSOR_MODULES) or type(module) in OWN_NORMS or is_foreign(module)
+        plain = home.startswith(_TENSOR_MODULES) or type(module) in OWN_NORMS or is_timms(module)
         indices = getattr(module, "return_indices", False) or isinstance(module, nn.MultiheadAttention)
         return plain and not indices and not is_hooked(module)
     if node.op == "call_method":

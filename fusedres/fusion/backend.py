@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusedres.fusion.aliasing import Values
 from fusedres.fusion.matching import match
 from fusedres.fusion.options import Options
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import batch_norm, is_plain
-from fusedres.fusion.aliasing import Values
 from fusedres.nn import BatchNormAct2d
 
 _STAND_INS = {F.batch_norm: BatchNormAct2d, F.linear: nn.Linear, F.layer_norm: nn.LayerNorm}

@@ -8,7 +8,7 @@ import itertools
 import linecache
 import operator
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from fusedres.fusion.refusals import is_watched
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.tracing import Trace
 
-_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _serial = itertools.count()
 
 
@@ -75,15 +74,12 @@ class Code:
         """This code for ``root``; ``None`` where it is not, or not any more, what this was made of."""
         parts = (*self.inlined, *self.layers)
         found = dict(root.named_modules(remove_duplicate=False))
-        if not found.keys() >= {*(part.path for part in parts), *self.modules, *dict(self.training)}:
+        if not found.keys() >= {*(part.path for part in parts), *self.modules}:
             return None
         if self.forwards and self.forwards != tuple(kind.forward for kind in self.kinds()):
             return None
-        if any(_part(part.path, found[part.path]) != part for part in parts):
-            return None
-        if any(is_watched(found[part.path]) for part in parts[1:]):
-            return None
-        return Bound(self, found)
+        changed = any(_part(part.path, found[part.path]) != part for part in parts)
+        return None if changed or any(is_watched(found[part.path]) for part in parts[1:]) else Bound(self, found)
 
 
 class Bound:
@@ -92,54 +88,40 @@ class Bound:
     def __init__(self, code: Code, found: dict[str, nn.Module]) -> None:
         self.code, self.key = code, code.key
         self.run = compiled(code.source, code.names)
-        self.modules = types.SimpleNamespace(**{_name(i): found[path] for i, path in enumerate(code.modules) if path})
+        self.modules = types.SimpleNamespace(**{_name(i): found[path] for i, path in enumerate(code.modules)})
         inlined = [found[part.path] for part in code.inlined]
-        self.watched = list(dict.fromkeys([*inlined[1:], *(found[part.path] for part in code.layers)]))
-        self.types = [*map(type, self.watched)]
-        self.dicts = [*map(vars, self.watched)]
-        self.sizes = [*map(len, self.dicts)]
-        self.parents = [module._modules for module in inlined]
-        self.children = _values(self.parents)
-        self.tensors = [names for m in inlined for names in (m._parameters, m._buffers) if names]
-        self.absent = [tensor is None for tensor in _values(self.tensors)]
+        watched = dict.fromkeys([*inlined[1:], *(found[part.path] for part in code.layers)])
+        self.watched = [(module, type(module), vars(module)) for module in watched]
+        self.parents = [(m._modules, [*m._modules.values()]) for m in inlined if m._modules]
+        tensors = [names for module in inlined for names in (module._parameters, module._buffers) if names]
+        self.tensors = [(names, [tensor is None for tensor in names.values()]) for names in tensors]
         self.mode = dict(code.training).get("")
-        self.asked = [found[path] for path, _ in code.training if path]
-        self.asked_dicts = [*map(vars, self.asked)]
-        self.modes = [mode for path, mode in code.training if path]
-        self.kinds = code.kinds()
-        self.forwards = [kind.forward for kind in self.kinds]
+        self.modes = [(found[path], mode) for path, mode in code.training if path]
+        self.forwards = [(kind, kind.forward) for kind in code.kinds()]
 
     def fits(self, root: nn.Module) -> bool:
-        """Whether ``root`` is as it was when this was made; once a call."""
-        return (
-            (self.mode is None or root.training is self.mode)
-            and [*map(len, self.dicts)] == self.sizes  # a patched forward, or module.compile(), is one more
-            and [*map(type, self.watched)] == self.types
-            and not any(itertools.chain.from_iterable(map(_HOOKS, self.dicts)))
-            and [names["training"] for names in self.asked_dicts] == self.modes
-            and _values(self.parents) == self.children
-            and [tensor is None for tensor in _values(self.tensors)] == self.absent
-            and [kind.forward for kind in self.kinds] == self.forwards
-        )
-
-    def fits_compiled(self, root: nn.Module) -> bool:
-        """The same in a form that torch.compile follows, which guards on all that is read here."""
+        """Whether ``root`` is as it was when this was made. Asked once a call: loops, which torch.compile follows too."""
         if self.mode is not None and root.training is not self.mode:
             return False
-        for module, mode in zip(self.asked, self.modes, strict=True):
+        for module, mode in self.modes:
             if module.training is not mode:
                 return False
-        for module, kind in zip(self.watched, self.types, strict=True):
-            hooks = module._forward_hooks or module._forward_pre_hooks
-            if hooks or module._backward_hooks or module._backward_pre_hooks:
+        for module, kind, names in self.watched:
+            if names["_forward_hooks"] or names["_forward_pre_hooks"] or names["_backward_hooks"]:
                 return False
-            if type(module) is not kind or "forward" in module.__dict__:
+            if names["_backward_pre_hooks"] or "forward" in names or type(module) is not kind:
                 return False
-        children = [child for parent in self.parents for child in parent.values()]
-        if len(children) != len(self.children):
-            return False
-        for child, before in zip(children, self.children, strict=True):
-            if child is not before:
+        for parent, children in self.parents:
+            if len(parent) != len(children):
+                return False
+            for child, before in zip(parent.values(), children):  # noqa: B905
+                if child is not before:
+                    return False
+        for names, absent in self.tensors:
+            if [tensor is None for tensor in names.values()] != absent:
+                return False
+        for kind, forward in self.forwards:
+            if kind.forward is not forward:
                 return False
         return True
 
@@ -170,6 +152,7 @@ def _source(root: nn.Module, graph: fx.Graph) -> tuple[tuple[str, ...], str, tup
     with graph.inserting_before(next(iter(graph.nodes))):
         own = graph.placeholder("root")
     for node in list(graph.nodes):
+        node.type = None
         node.meta.pop("is_wrapped", None)
         if node.op == "call_module":
             node.target = short(str(node.target))
@@ -208,10 +191,6 @@ def compiled(source: str, names: tuple[tuple[str, Any], ...]) -> Callable[..., A
 
 def _name(number: int) -> str:
     return f"m{number}"
-
-
-def _values(dicts: Iterable[dict[str, Any]]) -> list[Any]:
-    return [*itertools.chain.from_iterable(map(dict.values, dicts))]
 
 
 def _part(path: str, module: nn.Module) -> Part:

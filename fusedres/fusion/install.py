@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,15 +53,10 @@ class Region:
 
     def find(self, root: nn.Module, key: Key) -> Bound | None:
         """The code that stands for a call of ``root`` as it is now."""
-        if torch.compiler.is_dynamo_compiling():
-            for bound in self.bounds:
-                if bound.key == key and bound.fits_compiled(root):
-                    return bound
-            return None
         for bound in self.bounds:
             if bound.key == key and bound.fits(root):
                 return bound
-        return self._find_anew(root, key)
+        return None if torch.compiler.is_dynamo_compiling() else self._find_anew(root, key)
 
     def _find_anew(self, root: nn.Module, key: Key) -> Bound | None:
         with one_at_a_time:
@@ -113,29 +109,23 @@ def install_all(model: nn.Module, refused: set[nn.Module], options: Options) -> 
 
 def arguments(
     names: tuple[tuple[str, ...], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Key, list[Any]] | None:
+) -> tuple[Key, Sequence[Any]] | None:
     """The form of a call and its tensors; ``None`` where no code stands for such a call."""
     by_position, known = names
-    if len(args) > len(by_position):
+    if len(args) == 1 and not kwargs and type(args[0]) in _PLAIN and by_position:
+        return ((by_position[0], TENSOR),), args  # nearly all calls
+    if len(args) > len(by_position) or not kwargs.keys() <= {*known} - {*by_position[: len(args)]}:
         return None
     key: list[Any] = []
     tensors: list[Any] = []
     for name, value in [*zip(by_position, args, strict=False), *kwargs.items()]:
         kind = type(value)
+        if kind not in _PLAIN and kind not in _CONSTANTS:
+            return None
+        key.append((name, TENSOR if kind in _PLAIN else (kind.__name__, value)))
         if kind in _PLAIN:
-            for other in tensors:
-                if other is value:
-                    return None
             tensors.append(value)
-            key.append((name, TENSOR))
-        elif kind in _CONSTANTS:
-            key.append((name, (kind.__name__, value)))
-        else:
-            return None
-    for name in kwargs:
-        if name not in known or name in by_position[: len(args)]:
-            return None
-    return tuple(key), tensors
+    return (tuple(key), tensors) if len({*map(id, tensors)}) == len(tensors) else None
 
 
 @functools.cache

@@ -13,16 +13,15 @@ Linear -> LayerNorm -> Linear -> ReLU too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fusedres.fusion.aliasing import is_standard
 from fusedres.fusion.rewriting import Call, Chain, Rewriter, describe
 from fusedres.fusion.runtime import is_plain, linear_norm, linear_norm_add, linear_shape, norm_linear
-from fusedres.fusion.aliasing import is_standard
 
 
 @dataclass(frozen=True)

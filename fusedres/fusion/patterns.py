@@ -8,10 +8,10 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fusedres.fusion.aliasing import is_standard, max_pool_arguments
 from fusedres.fusion.foreign import foreign_pattern, is_timms
 from fusedres.fusion.rewriting import Call, Chain, Rewriter, describe
 from fusedres.fusion.runtime import OWN_ACT, norm_add, norm_add_norm, norm_conv, norm_max_pool
-from fusedres.fusion.aliasing import is_standard, max_pool_arguments
 from fusedres.nn import BatchNormAct2d
 
 

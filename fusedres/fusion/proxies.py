@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dis
 import re
 import sys
 from collections.abc import Callable
@@ -13,13 +13,10 @@ from torch.fx.proxy import Attribute
 
 from fusedres.fusion.aliasing import IN_PLACE_OPERATORS, is_tensor
 
-# A value formatted while tracing stands in the text as START name padding CONVERSION : spec END.
-START, _END = "\x00", "\x01"
-_TOKEN = re.compile(f"{START}(\\w+)-*(![sr])?:([^{START}{_END}]*){_END}")
-# May be None, or are no tensor's.
-_ATTRIBUTES = frozenset(dir(Tensor)) - {
-    "grad", "grad_fn", "_grad", "_grad_fn", "_base", "names", "_backward_hooks"
-}  # fmt: skip
+MARK = "\x00"
+_TOKEN = re.compile(f"({MARK}\\w+-*{MARK})")  # stands in a text for what a node formats
+_MAYBE_NONE = {"grad", "grad_fn", "_grad", "_grad_fn", "_base", "names", "_backward_hooks"}
+_ATTRIBUTES = frozenset(dir(Tensor)) - _MAYBE_NONE
 
 
 class UntraceableError(Exception):
@@ -56,6 +53,14 @@ class Value(fx.Proxy):
             raise UntraceableError("forward looks for a value in a set or a dict")
         return id(self)
 
+    def __iter__(self) -> Any:
+        # As torch.fx does, whose own keeps the value alive in a cycle of frames.
+        frame = sys._getframe(1)
+        for step in dis.get_instructions(frame.f_code):
+            if step.offset == frame.f_lasti and step.opname == "UNPACK_SEQUENCE":
+                return iter([self[index] for index in range(step.argval)])
+        return self.tracer.iter(self)
+
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         # isinstance() comes here after the real type; torch's own functions get that.
@@ -70,13 +75,13 @@ class Value(fx.Proxy):
         return Tensor
 
     def __str__(self) -> str:
-        return _Text(self.tracer, self.node, "!s")
+        return _Text(self, "{!s}")
 
     def __repr__(self) -> str:
-        return _Text(self.tracer, self.node, "!r")
+        return _Text(self, "{!r}")
 
     def __format__(self, spec: str) -> str:
-        return _token(self.tracer, self.node, "", spec)
+        return _Text(self, f"{{:{spec}}}")
 
 
 class _ValueAttribute(Value, Attribute):
@@ -96,41 +101,26 @@ for _name, _function in IN_PLACE_OPERATORS.items():
 
 
 class _Text(str):
-    """``str(value)`` or ``repr(value)``, which may be formatted once more: ``f"{value!s:>20}"``."""
+    """A formatted value, which may be formatted once more: ``f"{value!s:>20}"``."""
 
-    __slots__ = ("_show",)
-
-    def __new__(cls, *shown: Any) -> _Text:
-        text = super().__new__(cls, _token(*shown, ""))
-        text._show = functools.partial(_token, *shown)
+    def __new__(cls, value: Value, template: str) -> _Text:
+        tracer = value.tracer
+        node = tracer.create_proxy("call_method", "format", (template, value), {}).node
+        text = super().__new__(cls, f"{MARK}{node.name}{tracer.padding}{MARK}")
+        text.tracer, text.node = tracer, node
+        tracer.texts[str.__str__(text)] = node
         return text
 
     def __format__(self, spec: str) -> str:
-        return self._show(spec)
+        return _Text(self.tracer.proxy(self.node), f"{{:{spec}}}")
 
 
-def _token(tracer: Any, node: fx.Node, conversion: str, spec: str) -> str:
-    """What stands for the formatted value of ``node`` in a text."""
-    tracer.shows = True
-    return f"{START}{node.name}{tracer.padding}{conversion}:{spec}{_END}"
-
-
-def texts(tracer: Any, value: Any) -> Any:
-    """``value`` with each string that shows traced values rebuilt, as a node ``"...".format(values)``."""
+def rebuilt(tracer: Any, value: Any) -> Any:
+    """``value`` with each string that shows traced values as a node that joins its pieces."""
     if isinstance(value, (tuple, list)):
-        return type(value)(texts(tracer, item) for item in value)
-    if not issubclass(type(value), str) or START not in value:
+        return type(value)(rebuilt(tracer, item) for item in value)
+    if not issubclass(type(value), str) or MARK not in value:
         return value
-    nodes = {node.name: node for node in tracer.graph.nodes}
-    template, end, shown = "", 0, []
-    for match in _TOKEN.finditer(value):
-        name, conversion, spec = match.groups()
-        template += _escape(value[end : match.start()]) + f"{{{conversion or ''}{':' if spec else ''}{spec}}}"
-        shown.append(Value(nodes[name], tracer))
-        end = match.end()
-    return tracer.create_proxy("call_method", "format", (template + _escape(value[end:]), *shown), {})
-
-
-def _escape(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
-
+    nodes = [tracer.texts.get(piece, piece) for piece in _TOKEN.split(value)]
+    pieces = [tracer.proxy(piece) if isinstance(piece, fx.Node) else piece for piece in nodes]
+    return tracer.create_proxy("call_method", "join", ("", pieces), {})

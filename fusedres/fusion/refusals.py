@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.derived import Derived, kind_of, original_class
 from fusedres.fusion.foreign import is_timms
+from fusedres.fusion.proxies import is_torchs
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import is_hooked, is_plain
-from fusedres.fusion.proxies import is_torchs
 from fusedres.fusion.tracing import has_own_call
 from fusedres.nn import OWN_NORMS, BatchNormActMaxPool2d, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
@@ -127,14 +127,13 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def original_classes(model: nn.Module) -> Iterator[None]:
-    """Modules that are fused already, as they were."""
-    fused = [(module, type(module), original_class(module)) for module in model.modules()]
-    for module, _, original in fused:
-        if original is not None:
-            module.__class__ = original
+    """The roots of regions as they were before."""
+    fused = [module for module in model.modules() if original_class(module) and not isinstance(module, _BatchNorm)]
+    classes = [type(module) for module in fused]
+    for module in fused:
+        module.__class__ = kind_of(module)
     try:
         yield
     finally:
-        for module, current, original in fused:
-            if original is not None:
-                module.__class__ = current
+        for module, current in zip(fused, classes, strict=True):
+            module.__class__ = current

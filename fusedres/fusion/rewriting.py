@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fusedres.fusion.aliasing import Values, addition, is_standard
 from fusedres.fusion.options import Options
 from fusedres.fusion.runtime import norm_add, norm_add_norm
-from fusedres.fusion.aliasing import Values, addition, is_standard
 
 _RELU_FUNCTIONS = {torch.relu, torch.relu_, F.relu, F.relu_}
 _RELU_METHODS = {"relu", "relu_"}

@@ -31,53 +31,41 @@ class State:
         """Put everything back, but for the names in a class; one of what had changed."""
         changed = None
         for name, value, saved in self.containers:
-            if not _same(_items(value), _items(saved)):
+            if not _same(value, saved):
                 changed = name
                 value.clear()
                 value.extend(saved) if isinstance(value, (list, deque)) else value.update(saved)
-        if isinstance(self.names, dict) and not _same(_items(self.names), _items(self.before)):
-            for name in [name for name in self.names.keys() | self.before.keys() if not name.startswith("__")]:
-                if self.names.get(name, self) is not self.before.get(name, self):
-                    changed = name
-                    self.names.pop(name, None)
+        now = {name: value for name, value in self.names.items() if not name.startswith("__")}
+        if isinstance(self.names, dict) and not _same(now, self.before):
+            changed = next((name for name in now if now[name] is not self.before.get(name, self)), "by deletion")
+            for name in now.keys() - self.before.keys():
+                del self.names[name]
             self.names.update(self.before)
         return changed
 
 
-def _items(value: Any) -> list[Any]:
-    return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
-
-
-def _same(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(map(operator.is_, now, before))
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        one, other = [*one.keys(), *one.values()], [*other.keys(), *other.values()]
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 class RandomState:
     """The random states of Python, of PyTorch on the CPU and, where it is imported, of NumPy."""
 
     def __init__(self) -> None:
-        self.accesses: list[tuple[Any, Any]] = [(random.getstate, random.setstate), (_torch_state, _set_torch_state)]
-        numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
-        if numpy is not None:
-            self.accesses.append((numpy.get_state, numpy.set_state))
-        self.states = [get() for get, _ in self.accesses]
+        numpy: Any = getattr(sys.modules.get("numpy"), "random", random)
+        self.before = random.getstate(), torch.get_rng_state().tolist(), getattr(numpy, "get_state", random.getstate)()
+        self.set_numpy = getattr(numpy, "set_state", random.setstate)
 
     def restore(self) -> bool:
         """Put all back; whether one had changed."""
-        changed = False
-        for (get, put), state in zip(self.accesses, self.states, strict=True):
-            if pickle.dumps(get()) != pickle.dumps(state):
-                put(state)
-                changed = True
+        changed = pickle.dumps(RandomState().before) != pickle.dumps(self.before)
+        if changed:
+            self.set_numpy(self.before[2])
+            random.setstate(self.before[0])
+            torch.set_rng_state(torch.tensor(self.before[1], dtype=torch.uint8))
         return changed
-
-
-def _torch_state() -> list[int]:
-    return torch.get_rng_state().tolist()
-
-
-def _set_torch_state(state: list[int]) -> None:
-    torch.set_rng_state(torch.tensor(state, dtype=torch.uint8))
 
 
 class Output(io.StringIO):

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.fusion.aliasing import IN_PLACE_OPERATORS, is_tensor
 from fusedres.fusion.derived import kind_of
-from fusedres.fusion.proxies import START, UntraceableError, Value, is_torchs, is_users, texts
+from fusedres.fusion.proxies import MARK, UntraceableError, Value, is_torchs, is_users, rebuilt
 from fusedres.fusion.state import Output, RandomState, State, one_at_a_time
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -85,7 +85,7 @@ def trace(
             break
         reasons |= failed
     tracer.check()
-    if tracer.shows:  # a text whose layout depends on the length of what stands for a value cannot be rebuilt
+    if tracer.texts:  # a text whose layout depends on the length of what stands for a value cannot be rebuilt
         other = _Tracer(root, leaf_reason, reasons, arguments, training, padding="-" * 37)
         if other.run() or str(other.graph) != str(tracer.graph):
             raise UntraceableError("forward formats values in a way that cannot be followed")
@@ -148,8 +148,9 @@ class _Tracer(fx.Tracer):
         self.running: list[nn.Module] = []
         self.watched: dict[nn.Module, str] = {}
         self.values: list[weakref.ref[Value]] = []
+        self.parameters: dict[str, fx.Proxy] = {}
         self.unknown = False  # whether a module was called that may return None
-        self.padding, self.shows = padding, False
+        self.padding, self.texts = padding, dict[str, fx.Node]()
         self.buffers = {id(buffer) for buffer in root.buffers()}
         self.context = _context()
 
@@ -164,6 +165,7 @@ class _Tracer(fx.Tracer):
                 self._trace()
             except Exception as error:
                 self.failed[self.module] = _first_line(error)
+            self.parameters.clear()
             for owner, state in zip(owners, states, strict=True):
                 changed = state.restore()
                 if changed is not None:
@@ -174,11 +176,12 @@ class _Tracer(fx.Tracer):
         """Raise where running the graph would not be running the forward."""
         if any(value() is not None for value in self.values):
             raise UntraceableError("forward keeps a value after its end")
+        self.graph.eliminate_dead_code(lambda node: node.target != "format")
         operators = set(IN_PLACE_OPERATORS.values())
         for node in self.graph.nodes:
             strings: list[Any] = []
             map_aggregate((node.args, node.kwargs), strings.append)
-            if any(isinstance(text, str) and START in text for text in strings):
+            if any(isinstance(text, str) and MARK in text for text in strings):
                 raise UntraceableError("forward formats values for something other than print")
             # `n += 1` rebinds a number and changes a tensor: the same only if the old name is not read again.
             if node.target in operators and any(user > node for user in node.all_input_nodes[0].users):
@@ -215,24 +218,19 @@ class _Tracer(fx.Tracer):
 
     @contextlib.contextmanager
     def _intercepted(self) -> Iterator[None]:
-        """Answer for ``training``, record this thread's prints and ``torch.cat`` of a value, and refuse its logging."""
-        former = builtins.print, torch.cat, logging.Logger.isEnabledFor
+        """Answer for ``training``, record this thread's prints and refuse its logging."""
+        former = builtins.print, logging.Logger.isEnabledFor
 
         def show(*args: Any, **kwargs: Any) -> None:
             if threading.get_ident() == self.thread:
-                self.create_proxy("call_function", former[0], texts(self, args), kwargs)
+                self.create_proxy("call_function", former[0], rebuilt(self, args), kwargs)
             else:
                 former[0](*args, **kwargs)
-
-        def cat(*args: Any, **kwargs: Any) -> Any:
-            if args and issubclass(type(args[0]), Value) and args[0].tracer is self:
-                return self.create_proxy("call_function", former[1], args, kwargs)
-            return former[1](*args, **kwargs)
 
         def refuse(logger: logging.Logger, level: int) -> bool:
             if threading.get_ident() == self.thread and not is_torchs(logger.name):
                 raise UntraceableError("forward logs")
-            return former[2](logger, level)
+            return former[1](logger, level)
 
         def training(module: nn.Module) -> bool:
             mode = vars(module)["training"] if "training" in vars(module) else module.__getattr__("training")
@@ -241,13 +239,13 @@ class _Tracer(fx.Tracer):
             return mode
 
         change: Any = lambda module, mode: vars(module).update(training=mode)  # noqa: E731
-        builtins.print, torch.cat, logging.Logger.isEnabledFor = show, cat, refuse
+        builtins.print, logging.Logger.isEnabledFor = show, refuse
         nn.Module.training = property(training, change)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield
         finally:
             del nn.Module.training
-            builtins.print, torch.cat, logging.Logger.isEnabledFor = former
+            builtins.print, logging.Logger.isEnabledFor = former
 
     def path_of_module(self, mod: nn.Module) -> str:
         if mod not in self.paths:
@@ -307,7 +305,7 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         if threading.get_ident() != self.thread:
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        return super().getattr(attr, attr_val, self.parameters)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         value = Value(node, self)

@@ -17,7 +17,7 @@ from torch import fx, nn
 from fusedres.fusion.derived import kind_of
 from fusedres.fusion.refusals import is_watched
 from fusedres.fusion.rewriting import Call
-from fusedres.fusion.tracing import Trace
+from fusedres.fusion.tracing import FlatTracer
 
 _serial = itertools.count()
 
@@ -109,7 +109,9 @@ class Bound:
         for module, kind, names in self.watched:
             if names["_forward_hooks"] or names["_forward_pre_hooks"] or names["_backward_hooks"]:
                 return False
-            if names["_backward_pre_hooks"] or "forward" in names or type(module) is not kind:
+            if names["_backward_pre_hooks"] or "forward" in names or "_compiled_call_impl" in names:
+                return False
+            if type(module) is not kind:
                 return False
         for parent, children in self.parents:
             if len(parent) != len(children):
@@ -126,7 +128,7 @@ class Bound:
         return True
 
 
-def generate(root: nn.Module, trace: Trace, calls: list[Call], key: tuple[Any, ...], called: list[str]) -> Code:
+def generate(root: nn.Module, trace: FlatTracer, calls: list[Call], key: tuple[Any, ...], called: list[str]) -> Code:
     """The code of the rewritten graph of ``trace``; ``called`` are the modules that the graph called before."""
     modules, source, names = _source(root, trace.graph)
     found = dict(root.named_modules(remove_duplicate=False))

@@ -15,7 +15,6 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,29 +31,10 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 # What a forward may learn of the process or do to it, by the names that it calls.
 _PROCESS = {
     "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_tracing", "is_compiling", "is_exporting",
-    "is_dynamo_compiling", "is_in_onnx_export", "is_initialized", "get_rank", "get_world_size", "all_reduce",
-    "synchronize", "get_rng_state", "set_rng_state", "initial_seed",
+    "is_in_onnx_export", "is_initialized", "get_rank", "get_world_size", "all_reduce", "synchronize",
 }  # fmt: skip
-# Python 3.10 has the second and the third.
-_HANDLERS = {"PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH"}
+_HANDLERS = {"PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH"}  # Python 3.10 has the latter two
 _STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL"}
-
-
-@dataclass
-class Trace:
-    """A flat graph and what it went through.
-
-    Attributes:
-        graph: its call_module nodes are the leaves; ``node.meta["owner"]`` is the path of the module that made a node.
-        inlined: the modules whose forwards are in it, by path.
-        training: whether they were, for those that were asked; and others whose ``training`` was read.
-        reasons: why a module that is no leaf of PyTorch's is one here, or nothing may be assumed of one that is.
-    """
-
-    graph: fx.Graph
-    inlined: dict[str, nn.Module] = field(default_factory=dict)
-    training: dict[str, bool] = field(default_factory=dict)
-    reasons: dict[nn.Module, str] = field(default_factory=dict)
 
 
 def trace(
@@ -62,8 +42,8 @@ def trace(
     leaf_reason: Callable[[nn.Module], str | None],
     arguments: dict[str, Any],
     training: bool | None = None,
-) -> Trace:
-    """The graph of ``type(root).forward``; afterwards all modules and their classes are as before.
+) -> FlatTracer:
+    """The graph of ``type(root).forward`` and what it went through; afterwards all modules are as before.
 
     Args:
         root: its parameters are read in the graph, so at each call.
@@ -77,7 +57,7 @@ def trace(
     """
     reasons: dict[nn.Module, str] = {}
     while True:
-        tracer = _Tracer(root, leaf_reason, reasons, arguments, training)
+        tracer = FlatTracer(root, leaf_reason, reasons, arguments, training)
         failed = tracer.run()
         if root in failed:
             raise UntraceableError(failed[root])
@@ -85,11 +65,11 @@ def trace(
             break
         reasons |= failed
     tracer.check()
-    if tracer.texts:  # a text whose layout depends on the length of what stands for a value cannot be rebuilt
-        other = _Tracer(root, leaf_reason, reasons, arguments, training, padding="-" * 37)
+    if tracer.texts:  # one whose layout depends on the length of what stands for a value cannot be rebuilt
+        other = FlatTracer(root, leaf_reason, reasons, arguments, training, padding="-" * 37)
         if other.run() or str(other.graph) != str(tracer.graph):
             raise UntraceableError("forward formats values in a way that cannot be followed")
-    return Trace(tracer.graph, tracer.inlined, tracer.training, reasons | tracer.watched)
+    return tracer
 
 
 def has_own_call(module: nn.Module) -> bool:
@@ -123,8 +103,15 @@ def _traits(code: types.CodeType) -> tuple[str, bool]:
     return reason, asks
 
 
-class _Tracer(fx.Tracer):
-    """One trace; :meth:`run` says which modules' forwards it could not follow."""
+class FlatTracer(fx.Tracer):
+    """One trace.
+
+    Attributes:
+        graph: its call_module nodes are the leaves; ``node.meta["owner"]`` is the path of the module that made a node.
+        inlined: the modules whose forwards are in it, by path.
+        training: the modes of those that were asked, by path.
+        reasons: why a module that is no leaf of PyTorch's is one here, or nothing may be assumed of one that is.
+    """
 
     proxy_buffer_attributes = True
 
@@ -138,27 +125,23 @@ class _Tracer(fx.Tracer):
         padding: str = "",
     ) -> None:
         super().__init__()
-        self.module, self.leaf_reason, self.reasons, self.arguments = root, leaf_reason, reasons, arguments
-        self.mode = mode
+        self.module, self.leaf_reason, self.arguments, self.mode = root, leaf_reason, arguments, mode
+        self.reasons, self.failed = dict(reasons), dict[nn.Module, str]()
         self.paths = {module: path for path, module in root.named_modules()}
-        self.thread = threading.get_ident()
-        self.failed: dict[nn.Module, str] = {}
-        self.inlined: dict[str, nn.Module] = {}
-        self.training: dict[str, bool] = {}
+        self.inlined, self.training = dict[str, nn.Module](), dict[str, bool]()
         self.running: list[nn.Module] = []
-        self.watched: dict[nn.Module, str] = {}
+        self.unknown = False  # whether a module was called that may return None
         self.values: list[weakref.ref[Value]] = []
         self.parameters: dict[str, fx.Proxy] = {}
-        self.unknown = False  # whether a module was called that may return None
         self.padding, self.texts = padding, dict[str, fx.Node]()
-        self.buffers = {id(buffer) for buffer in root.buffers()}
-        self.context = _context()
+        self.thread, self.context = threading.get_ident(), _context()
 
     def run(self) -> dict[nn.Module, str]:
-        """Trace, and put everything back."""
+        """Trace, and put everything back; the modules whose forwards could not be followed, with the reasons."""
         with one_at_a_time:
             kinds = {kind for module in self.paths for kind in type(module).__mro__ if not is_torchs(kind.__module__)}
-            scopes = {id(names): names for kind in kinds if (names := _globals(kind)) is not None}
+            forwards = (vars(kind).get("forward") for kind in kinds)
+            scopes = {id(names): names for forward in forwards if (names := getattr(forward, "__globals__", None))}
             owners = [*self.paths, *(kinds - {object}), *scopes.values()]
             states = [State(owner) for owner in owners]
             try:
@@ -169,7 +152,10 @@ class _Tracer(fx.Tracer):
             for owner, state in zip(owners, states, strict=True):
                 changed = state.restore()
                 if changed is not None:
-                    self.failed.setdefault(self._culprit(owner), f"forward changes {changed!r}")
+                    path = self.paths[owner] if isinstance(owner, nn.Module) else ""
+                    while path and path not in self.inlined:
+                        path = path.rpartition(".")[0]
+                    self.failed.setdefault(self.inlined.get(path, self.module), f"forward changes {changed!r}")
             return self.failed
 
     def check(self) -> None:
@@ -184,37 +170,29 @@ class _Tracer(fx.Tracer):
             if any(isinstance(text, str) and MARK in text for text in strings):
                 raise UntraceableError("forward formats values for something other than print")
             # `n += 1` rebinds a number and changes a tensor: the same only if the old name is not read again.
-            if node.target in operators and any(user > node for user in node.all_input_nodes[0].users):
-                if not is_tensor(self.module, node.all_input_nodes[0]):
-                    raise UntraceableError("forward applies an in-place operator to a value with a second name")
-
-    def _culprit(self, owner: Any) -> nn.Module:
-        """The innermost module around ``owner`` whose forward was followed."""
-        path = self.paths[owner] if isinstance(owner, nn.Module) else ""
-        while path and path not in self.inlined:
-            path = path.rpartition(".")[0]
-        return self.inlined.get(path, self.module)
+            changed = node.all_input_nodes[0] if node.target in operators else node
+            if any(user > node for user in changed.users) and changed is not node and not is_tensor(self.root, changed):
+                raise UntraceableError("forward applies an in-place operator to a value with a second name")
 
     def _trace(self) -> None:
         output, rng = Output(), RandomState()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.redirect_stdout(output))
-            warned = stack.enter_context(warnings.catch_warnings(record=True))
+        with contextlib.redirect_stdout(output), warnings.catch_warnings(record=True) as warned, torch.enable_grad():
             warnings.simplefilter("always")
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(self._intercepted())
-            stack.callback(rng.restore)
             self.context = _context()
-            with _NoComputation():
-                self.trace(self.module)
-            if self.context != _context():
-                raise UntraceableError("forward changes the gradient mode")
-            if rng.restore():
-                raise UntraceableError("forward draws random numbers")
-        if output.getvalue():
-            raise UntraceableError("forward writes to the standard output")
-        if any(not warning.filename.startswith(_TORCH) for warning in warned):
-            raise UntraceableError("forward warns")
+            try:
+                with self._intercepted(), _NoComputation():
+                    self.trace(self.module)
+                changed = self.context != _context()
+            finally:
+                drawn = rng.restore()
+        for happened, reason in (
+            (changed, "changes the gradient mode"),
+            (drawn, "draws random numbers"),
+            (output.getvalue(), "writes to the standard output"),
+            ([w for w in warned if not w.filename.startswith(_TORCH)], "warns"),
+        ):
+            if happened:
+                raise UntraceableError(f"forward {reason}")
 
     @contextlib.contextmanager
     def _intercepted(self) -> Iterator[None]:
@@ -238,9 +216,9 @@ class _Tracer(fx.Tracer):
                 mode = self.training[self.paths[module]] = mode if self.mode is None else self.mode
             return mode
 
-        change: Any = lambda module, mode: vars(module).update(training=mode)  # noqa: E731
         builtins.print, logging.Logger.isEnabledFor = show, refuse
-        nn.Module.training = property(training, change)  # pyright: ignore[reportAttributeAccessIssue]
+        # In front of what the instances have; set, it is theirs.
+        nn.Module.training = property(training, lambda module, mode: vars(module).update(training=mode))  # pyright: ignore
         try:
             yield
         finally:
@@ -268,7 +246,7 @@ class _Tracer(fx.Tracer):
             except Exception as error:  # it is a leaf in the next trace, and here for now
                 self.failed[m] = _first_line(error)
         elif reason:
-            self.watched[m] = reason
+            self.reasons[m] = reason
         value = self.create_proxy("call_module", path, args, kwargs)
         self.unknown = self.unknown or not is_tensor(self.module, value.node)
         self._check_frames()
@@ -290,22 +268,19 @@ class _Tracer(fx.Tracer):
     def _check_frames(self) -> None:
         """Raise where the innermost forward, or what it calls, has something that a trace leaves out."""
         frame = sys._getframe(1)
-        while frame is not None and frame.f_code is not _Tracer._inline.__code__:
+        while frame is not None and frame.f_code is not FlatTracer._inline.__code__:
             if is_users(frame):
                 self._check_code(frame.f_code)
             frame = frame.f_back
 
     def _check_code(self, code: types.CodeType) -> None:
         reason, asks = _traits(code)
-        if reason:
-            raise UntraceableError(reason)
-        if asks and self.unknown:
-            raise UntraceableError("forward asks whether a value is None that may be")
+        if reason or (asks and self.unknown):
+            raise UntraceableError(reason or "forward asks whether a value is None that may be")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if threading.get_ident() != self.thread:
-            return attr_val
-        return super().getattr(attr, attr_val, self.parameters)
+        other = threading.get_ident() != self.thread
+        return attr_val if other else super().getattr(attr, attr_val, self.parameters)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         value = Value(node, self)
@@ -334,17 +309,18 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         # A proxy's type is asked for first: isinstance(a, Tensor) is of no use on one.
-        if issubclass(type(a), Tensor) and not issubclass(type(a), nn.Parameter) and id(a) not in self.buffers:
-            if a not in self.tensor_attrs:
-                raise UntraceableError("forward uses a tensor that is not its own")
+        if type(a) is Tensor and a not in self.tensor_attrs and all(a is not own for own in self.module.buffers()):
+            raise UntraceableError("forward uses a tensor that is not its own")
         if type(a) is OrderedDict:
             return self.create_proxy("call_function", OrderedDict, (dict(a),), {}).node
         return super().create_arg(a)
 
 
-def _globals(kind: type) -> dict[str, Any] | None:
-    """What the forward that ``kind`` defines, if it does, sees of its Python module."""
-    return getattr(vars(kind).get("forward"), "__globals__", None)
+class _NoComputation(TorchDispatchMode):
+    """A real operation during a trace has a result that the graph would hold as a constant."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise UntraceableError(f"forward computes {func} on tensors that are not its inputs")
 
 
 def _first_line(error: Exception) -> str:
@@ -354,17 +330,6 @@ def _first_line(error: Exception) -> str:
 
 def _context() -> tuple[Any, ...]:
     """Thread state that changes what an operation does and that a graph does not record."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-        torch._C._autograd._top_saved_tensors_default_hooks(True),  # pyright: ignore[reportAttributeAccessIssue]
-    )
-
-
-class _NoComputation(TorchDispatchMode):
-    """A real operation during a trace has a result that the graph would hold as a constant."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise UntraceableError(f"forward computes {func} on tensors that are not its inputs")
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, hooks

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fusedres.fusion.foreign import computes_one_norm
+from fusedres.fusion.foreign import computes_one_norm, is_timms
 from fusedres.fusion.runtime import linear_shape, norm_and_linear
 from fusedres.fusion.watching import is_hooked, is_standard
 from fusedres.nn import OWN_NORMS
@@ -216,7 +216,7 @@ def is_tensor(root: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         home = type(module).__module__
-        plain = home.startswith(_ONE_TENSOR_MODULES) or type(module) in OWN_NORMS or computes_one_norm(module)
+        plain = home.startswith(_ONE_TENSOR_MODULES) or type(module) in OWN_NORMS or is_timms(module)
         indices = getattr(module, "return_indices", False) or isinstance(module, nn.MultiheadAttention)
         return plain and not indices and not is_hooked(module)
     if node.op == "call_function" and _namespace(node.target) == "_operator":  # of numbers too

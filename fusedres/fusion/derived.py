@@ -31,15 +31,15 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
     return vars(type(module)).get("_fusedres_original")
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module`` before it was fused, or its class."""
+    return original_class(module) or type(module)
+
+
 def disguise(original: type[nn.Module], *recipe: Any) -> dict[str, Any]:
     """The attributes with which a subclass stands for ``original``."""
-    return {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_fusedres_original": original,
-        "_fusedres_recipe": recipe,
-    }
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return names | {"_fusedres_original": original, "_fusedres_recipe": recipe}
 
 
 def _rebuild(recipe: tuple[Any, ...], constructor: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -12,10 +12,11 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.convert import is_taken
+from fusedres.fusion.derived import kind_of
 from fusedres.fusion.foreign import timms_pattern, is_timms
 from fusedres.fusion.install import FusedRegion
 from fusedres.fusion.options import FUSIONS, Options
-from fusedres.fusion.refusals import OWN_BLOCKS, kind_of, original_classes, own_call, sealed, walk
+from fusedres.fusion.refusals import OWN_BLOCKS, original_classes, own_call, sealed, walk
 from fusedres.fusion.region import Plan, make_plans
 from fusedres.fusion.rewriting import Call
 from fusedres.nn import BatchNormAct2d, SyncBatchNormAct

@@ -1,19 +1,86 @@
-"""The dynamic subclass that gives the root of a region its rewritten forward."""
+"""Regions: modules with a rewritten forward for each form of their arguments and each state of what is in them.
+
+The root of a region gets a dynamic subclass of its class. What fits no code, up to a number of them, runs the original
+forward.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
 
+from fusedres.fusion.code import Bound, Code
 from fusedres.fusion.derived import Derived, disguise
 from fusedres.fusion.options import Options
-from fusedres.fusion.region import Region, arguments, has_global_hooks, make_plans, parameters
+from fusedres.fusion.proxies import UntraceableError
+from fusedres.fusion.region import TENSOR, Key, make_code, make_plans, positional
+from fusedres.fusion.state import one_at_a_time
+
+_PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_CONSTANTS = (type(None), bool, int, float, str)
+_TRACES = 8  # of one region, after those that fuse makes
+
+
+@dataclass
+class Region:
+    """What a fused module keeps: its codes, and what is needed for more. Copies and pickles with the module."""
+
+    options: Options
+    refused: frozenset[str]
+    codes: list[Code]
+    bounds: list[Bound] = field(default_factory=list)
+    traces: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "bounds": []}
+
+    def __deepcopy__(self, memo: Any) -> Region:
+        return replace(self, codes=list(self.codes), bounds=[])
+
+    def bind(self, root: nn.Module) -> None:
+        """For ``root`` as it is."""
+        self.bounds = [bound for code in self.codes if (bound := code.bind(root)) is not None]
+
+    def find(self, root: nn.Module, key: Key) -> Bound | None:
+        """The code that stands for a call of ``root`` as it is now."""
+        for bound in self.bounds:
+            if bound.key == key and bound.fits(root):
+                return bound
+        return None if torch.compiler.is_dynamo_compiling() else self._find_anew(root, key)
+
+    def _find_anew(self, root: nn.Module, key: Key) -> Bound | None:
+        with one_at_a_time:
+            for code in self.codes:
+                bound = code.bind(root) if code.key == key else None
+                if bound is not None and bound.fits(root):
+                    self.bounds = [other for other in self.bounds if other.code is not code] + [bound]
+                    return bound
+            if self.traces >= _TRACES:
+                return None
+            self.traces += 1
+            try:
+                code = make_code(root, key, self.refused, self.options)
+            except UntraceableError:
+                return None
+            self.codes = [*self.codes, code]
+            for path, _ in code.leaves:  # watched since: they may hold regions of their own
+                refused = {root.get_submodule(name) for name in self.refused}
+                install_all(root.get_submodule(path), refused, self.options)
+            bound = code.bind(root)
+            if bound is None or not bound.fits(root):
+                return None
+            self.bounds = [*self.bounds, bound]
+            return bound
 
 
 class FusedRegion(Derived):
@@ -29,84 +96,51 @@ class FusedRegion(Derived):
             self._fusedres_region.bind(self)
 
 
-def install(root: nn.Module, region: Region) -> None:
-    """Give ``root`` the forward of ``region``.
-
-    Raises:
-        TypeError: its class has no subclass that an instance can be turned into.
-    """
-    root.__class__ = _fused_class(type(root))
-    vars(root)["_fusedres_region"] = region
-    region.bind(root)
-
-
 def install_all(model: nn.Module, refused: set[nn.Module], options: Options) -> None:
-    """Find the regions of ``model`` and install them."""
+    """Find the regions of ``model``, and give their roots the rewritten forwards."""
     for plan in make_plans(model, refused, options):
-        if plan.is_rewritten:
-            with contextlib.suppress(TypeError):  # a class with a memory layout of its own keeps its forward
-                install(plan.module, Region(options, plan.refused, plan.codes))
+        # A class with a memory layout of its own has no such subclass, and a fused one has its code.
+        if plan.is_rewritten and not isinstance(plan.module, FusedRegion):
+            with contextlib.suppress(TypeError):
+                plan.module.__class__ = _fused_class(type(plan.module))
+                region = vars(plan.module)["_fusedres_region"] = Region(options, plan.refused, plan.codes)
+                region.bind(plan.module)
 
 
-def _call(self: Any, names: list[tuple[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the code of a region makes of a call, in a tuple; ``None`` where the original forward is to run."""
-    region = self._fusedres_region
-    given = None if region is None or has_global_hooks() else arguments(names, args, kwargs)
-    bound = None if given is None else region.find(self, given[0])
-    if given is None or bound is None:
+def arguments(
+    names: tuple[tuple[str, ...], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Key, Sequence[Any]] | None:
+    """The form of a call and its tensors; ``None`` where no code stands for such a call."""
+    by_position, known = names
+    if len(args) == 1 and not kwargs and type(args[0]) in _PLAIN and by_position:
+        return ((by_position[0], TENSOR),), args  # nearly all calls
+    if len(args) > len(by_position) or not kwargs.keys() <= {*known} - {*by_position[: len(args)]}:
         return None
-    if region.pending and not torch.compiler.is_compiling():
-        for path in region.pending:  # watched since: they may hold regions of their own
-            refused = {self.get_submodule(name) for name in region.refused}
-            install_all(self.get_submodule(path), refused, region.options)
-        region.pending = []
-    return (bound.run(self, bound.modules, *given[1]),)
-
-
-def _forward(original: type[nn.Module]) -> Any:
-    """A forward with the parameters of the original one, for those who trace it."""
-    given = list(inspect.signature(original.forward).parameters.values())[1:]
-    names = parameters(original.forward)
-    defaults = {f"_fusedres_{p.name}": p.default for p in given if p.default is not p.empty}
-    declared, passed, options = ["self"], [], []
-    for parameter in given:
-        name = parameter.name
-        default = "" if parameter.default is parameter.empty else f"=_fusedres_{name}"
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            declared.append(f"*{name}")
-            passed.append(f"*{name}")
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            declared.append(f"**{name}")
-            options.append(f"**{name}")
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            if not any(part.startswith("*") for part in declared):
-                declared.append("*")
-            declared.append(name + default)
-            # What is not given is as it was when the forward was traced.
-            options.append(f"**({{}} if {name} is {default[1:]} else {{{name!r}: {name}}})" if default else "")
-        else:
-            declared.append(name + default)
-            passed.append(name)
-    arguments = "".join(f"{name}, " for name in passed)
-    options_given = ", ".join(filter(None, options))
-    source = (
-        f"def forward({', '.join(declared)}):\n"
-        f"    found = _fusedres_call(self, _fusedres_names, ({arguments}), dict({options_given}))\n"
-        f"    if found is not None:\n"
-        f"        return found[0]\n"
-        f"    return _fusedres_original.forward(self, {arguments}{options_given})\n"
-    )
-    scope = {"_fusedres_call": _call, "_fusedres_names": names, "_fusedres_original": original, **defaults}
-    exec(compile(source, f"<fusedres {original.__qualname__}>", "exec"), scope)
-    return scope["forward"]
+    key: list[Any] = []
+    tensors: list[Any] = []
+    for name, value in [*zip(by_position, args, strict=False), *kwargs.items()]:
+        kind = type(value)
+        if kind not in _PLAIN and kind not in _CONSTANTS:
+            return None
+        key.append((name, TENSOR if kind in _PLAIN else (kind.__name__, value)))
+        if kind in _PLAIN:
+            tensors.append(value)
+    return (tuple(key), tensors) if len({*map(id, tensors)}) == len(tensors) else None
 
 
 @functools.cache
 def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """One class for all regions whose roots were of one class."""
-    forward = _forward(original)
-    forward.__module__, forward.__qualname__ = original.__module__, f"{original.__qualname__}.forward"
-    forward.__doc__ = original.forward.__doc__
-    forward.__signature__ = inspect.signature(original.forward)  # pyright: ignore[reportFunctionMemberAccess]
+    names = positional(original)
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        region = self._fusedres_region
+        given = None if region is None or _has_any_global_hook() else arguments(names, args, kwargs)
+        bound = None if given is None else region.find(self, given[0])
+        if given is None or bound is None:
+            return original.forward(self, *args, **kwargs)
+        return bound.run(bound.modules, self, *given[1])
+
     attributes = {**disguise(original, _fused_class, original), "forward": forward}
     return types.new_class(original.__name__, (FusedRegion, original), {}, lambda body: body.update(attributes))

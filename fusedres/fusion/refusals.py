@@ -10,12 +10,13 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.fusion.derived import Derived, original_class
+from fusedres.fusion.derived import Derived, kind_of, original_class
 from fusedres.fusion.foreign import is_timms
+from fusedres.fusion.proxies import is_torchs
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import is_plain
-from fusedres.fusion.tracing import has_own_call, is_torchs
 from fusedres.fusion.watching import is_hooked
+from fusedres.fusion.tracing import has_own_call
 from fusedres.nn import OWN_NORMS, BatchNormActMaxPool2d, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
 Filter = Callable[[nn.Module, str], bool]
@@ -33,11 +34,6 @@ def own_call(block: nn.Module, path: str = "") -> Call | None:
     if call is None:
         return None
     return replace(call, module=f"{path}.{call.module}".lstrip("."), acts=getattr(block, "act", None) is not None)
-
-
-def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The class of ``module`` before it was fused."""
-    return original_class(module) or type(module)
 
 
 def sealed(module: nn.Module) -> str | None:
@@ -141,13 +137,13 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextlib.contextmanager
 def original_classes(model: nn.Module) -> Iterator[None]:
-    """Modules whose forwards are rewritten, as they were."""
-    rewritten = [module for module in model.modules() if "_fusedres_region" in vars(module)]
-    fused = [(module, type(module), original_class(module)) for module in rewritten]
-    for module, _, original in fused:
-        module.__class__ = original or type(module)
+    """The roots of regions as they were before."""
+    fused = [module for module in model.modules() if original_class(module) and not isinstance(module, _BatchNorm)]
+    classes = [type(module) for module in fused]
+    for module in fused:
+        module.__class__ = kind_of(module)
     try:
         yield
     finally:
-        for module, current, _ in fused:
+        for module, current in zip(fused, classes, strict=True):
             module.__class__ = current

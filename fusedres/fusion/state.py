@@ -4,88 +4,67 @@ from __future__ import annotations
 
 import copy
 import io
+import operator
 import pickle
 import random
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from typing import Any
 
-from torch import nn
+import torch
 
 one_at_a_time = threading.RLock()  # to patch what all threads share
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 
 class State:
-    """The attributes of a module, and one level of the containers among them."""
+    """The names in a module, a class or a dict of globals, and one level of the containers among their values."""
 
-    def __init__(self, owner: nn.Module | type) -> None:
-        self.owner = owner
-        self.attributes = dict(vars(owner))
-        self.containers = [
-            (name, value, copy.copy(value))
-            for name, value in self.attributes.items()
-            if isinstance(value, (dict, list, set, deque))
-        ]
+    def __init__(self, owner: Any) -> None:
+        self.names = owner if isinstance(owner, dict) else vars(owner)
+        self.before = {name: value for name, value in self.names.items() if not name.startswith("__")}
+        containers = [(name, value) for name, value in self.before.items() if type(value) in _CONTAINERS]
+        self.containers = [(name, value, copy.copy(value)) for name, value in containers]
 
     def restore(self) -> str | None:
-        """Put everything back; the name of something that had changed."""
-        now, changed = vars(self.owner), None
-        for name in now.keys() | self.attributes.keys():
-            if name not in now or name not in self.attributes or now[name] is not self.attributes[name]:
-                changed = name
-        if changed is not None:
-            self._put_back()
+        """Put everything back, but for the names in a class; one of what had changed."""
+        changed = None
         for name, value, saved in self.containers:
-            if not _same_items(value, saved):
+            if not _same(value, saved):
                 changed = name
                 value.clear()
                 value.extend(saved) if isinstance(value, (list, deque)) else value.update(saved)
+        now = {name: value for name, value in self.names.items() if not name.startswith("__")}
+        if isinstance(self.names, dict) and not _same(now, self.before):
+            changed = next((name for name in now if now[name] is not self.before.get(name, self)), "by deletion")
+            for name in now.keys() - self.before.keys():
+                del self.names[name]
+            self.names.update(self.before)
         return changed
 
-    def _put_back(self) -> None:
-        vars(self.owner).clear()
-        vars(self.owner).update(self.attributes)
 
-
-def _same_items(one: Any, other: Any) -> bool:
-    if isinstance(one, set):
-        return one == other
+def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         one, other = [*one.keys(), *one.values()], [*other.keys(), *other.values()]
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
-
-
-class ClassState(State):
-    """The same for a class."""
-
-    def __init__(self, owner: type) -> None:
-        super().__init__(owner)
-
-    def _put_back(self) -> None:
-        for name in vars(self.owner).keys() - self.attributes.keys():
-            delattr(self.owner, name)
-        for name, value in self.attributes.items():
-            if vars(self.owner).get(name) is not value:
-                setattr(self.owner, name, value)
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 class RandomState:
-    """The random states of Python and, where it is imported, of NumPy."""
+    """The random states of Python, of PyTorch on the CPU and, where it is imported, of NumPy."""
 
     def __init__(self) -> None:
-        self.numpy: Any = getattr(sys.modules.get("numpy"), "random", None)
-        self.python_state = random.getstate()
-        self.numpy_state = self.numpy.get_state() if self.numpy is not None else None
+        numpy: Any = getattr(sys.modules.get("numpy"), "random", random)
+        self.before = random.getstate(), torch.get_rng_state().tolist(), getattr(numpy, "get_state", random.getstate)()
+        self.set_numpy = getattr(numpy, "set_state", random.setstate)
 
     def restore(self) -> bool:
-        """Put both back; whether one had changed."""
-        now = RandomState()
-        changed = now.python_state != self.python_state
-        random.setstate(self.python_state)
-        if self.numpy_state is not None and pickle.dumps(now.numpy_state) != pickle.dumps(self.numpy_state):
-            self.numpy.set_state(self.numpy_state)
-            changed = True
+        """Put all back; whether one had changed."""
+        changed = pickle.dumps(RandomState().before) != pickle.dumps(self.before)
+        if changed:
+            self.set_numpy(self.before[2])
+            random.setstate(self.before[0])
+            torch.set_rng_state(torch.tensor(self.before[1], dtype=torch.uint8))
         return changed
 
 

@@ -34,14 +34,14 @@ def during_a_trace(monkeypatch) -> Callable[[Callable[[], Any]], Any]:
                 results.append(error)
             done.set()
 
-        class Held(tracing._Tracer):
+        class Held(tracing.FlatTracer):
             def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
                 if kind == "call_module":
                     reached.set()
                     assert done.wait(60)
                 return super().create_node(kind, *args, **kwargs)
 
-        monkeypatch.setattr(tracing, "_Tracer", Held)
+        monkeypatch.setattr(tracing, "FlatTracer", Held)
         thread = threading.Thread(target=act)
         thread.start()
         assert counts(fusedres.fuse(zoo.ResBlock(4, 4))) == {"bn_act": 1, "bn_add_act": 1}

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fusedres import models
 from fusedres.fusion.convert import fuse, unfuse
-from fusedres.fusion.region import Region
+from fusedres.fusion.install import Region
 from tests import zoo, zoo_public
 from tests.zoo_public import SMALL, Entry
 

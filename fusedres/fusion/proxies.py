@@ -1,0 +1,127 @@
+"""What stands for a value while a forward is traced: a torch.fx proxy that answers nothing that may be untrue."""
+
+from __future__ import annotations
+
+import dis
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx.proxy import Attribute
+
+from fusedres.fusion.aliasing import IN_PLACE_OPERATORS, is_tensor
+
+MARK = "\x00"
+_TOKEN = re.compile(f"({MARK}\\w+-*{MARK})")  # stands in a text for what a node formats
+_MAYBE_NONE = {"grad", "grad_fn", "_grad", "_grad_fn", "_base", "names", "_backward_hooks"}
+_ATTRIBUTES = frozenset(dir(Tensor)) - _MAYBE_NONE
+
+
+class UntraceableError(Exception):
+    """Why a forward is left alone."""
+
+
+def is_torchs(name: object) -> bool:
+    """Whether ``name`` is that of a Python module of PyTorch's."""
+    return str(name) == "torch" or str(name).startswith("torch.")
+
+
+def is_users(frame: Any) -> bool:
+    """Whether ``frame`` runs neither PyTorch's code nor ours."""
+    home = str(frame.f_globals.get("__name__", ""))
+    return home != "torch" and not home.startswith(("torch.", "fusedres."))
+
+
+class Value(fx.Proxy):
+    """A traced value: operators in place are nodes, and prints can show it."""
+
+    tracer: Any
+
+    def __getattr__(self, name: str) -> _ValueAttribute:
+        if name not in _ATTRIBUTES and is_users(sys._getframe(1)):
+            raise UntraceableError(f"forward asks a value for the attribute {name!r}")
+        return _ValueAttribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer", "root", "attr", "_node"):
+            raise UntraceableError(f"forward sets the attribute {name!r} of a value")
+        object.__setattr__(self, name, value)
+
+    def __hash__(self) -> int:
+        if is_users(sys._getframe(1)):
+            raise UntraceableError("forward looks for a value in a set or a dict")
+        return id(self)
+
+    def __iter__(self) -> Any:
+        # As torch.fx does, whose own keeps the value alive in a cycle of frames.
+        frame = sys._getframe(1)
+        for step in dis.get_instructions(frame.f_code):
+            if step.offset == frame.f_lasti and step.opname == "UNPACK_SEQUENCE":
+                return iter([self[index] for index in range(step.argval)])
+        return self.tracer.iter(self)
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # isinstance() comes here after the real type; torch's own functions get that.
+        frame = sys._getframe(1)
+        parameter = frame.f_globals.get("__name__") == "torch.nn.parameter"
+        if parameter and frame.f_back is not None and is_users(frame.f_back):
+            raise UntraceableError("forward asks whether a value is a parameter")
+        if not is_users(frame):
+            return type(self)
+        if not is_tensor(self.tracer.root, self.node):
+            raise UntraceableError("forward depends on the type of a value")
+        return Tensor
+
+    def __str__(self) -> str:
+        return _Text(self, "{!s}")
+
+    def __repr__(self) -> str:
+        return _Text(self, "{!r}")
+
+    def __format__(self, spec: str) -> str:
+        return _Text(self, f"{{:{spec}}}")
+
+
+class _ValueAttribute(Value, Attribute):
+    """``value.name``: a node once it is used, a method call when it is called."""
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[[Value, Any], Any]:
+    def method(self: Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name, _function in IN_PLACE_OPERATORS.items():
+    # torch.fx has no in-place operators: Python would fall back to `x = x + y`, which does not change x.
+    setattr(Value, f"__i{_name}__", _in_place(_function))
+
+
+class _Text(str):
+    """A formatted value, which may be formatted once more: ``f"{value!s:>20}"``."""
+
+    def __new__(cls, value: Value, template: str) -> _Text:
+        tracer = value.tracer
+        node = tracer.create_proxy("call_method", "format", (template, value), {}).node
+        text = super().__new__(cls, f"{MARK}{node.name}{tracer.padding}{MARK}")
+        text.tracer, text.node = tracer, node
+        tracer.texts[str.__str__(text)] = node
+        return text
+
+    def __format__(self, spec: str) -> str:
+        return _Text(self.tracer.proxy(self.node), f"{{:{spec}}}")
+
+
+def rebuilt(tracer: Any, value: Any) -> Any:
+    """``value`` with each string that shows traced values as a node that joins its pieces."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(rebuilt(tracer, item) for item in value)
+    if not issubclass(type(value), str) or MARK not in value:
+        return value
+    nodes = [tracer.texts.get(piece, piece) for piece in _TOKEN.split(value)]
+    pieces = [tracer.proxy(piece) if isinstance(piece, fx.Node) else piece for piece in nodes]
+    return tracer.create_proxy("call_method", "join", ("", pieces), {})

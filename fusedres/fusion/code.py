@@ -151,6 +151,7 @@ def _source(root: nn.Module, graph: fx.Graph) -> tuple[tuple[str, ...], str, tup
         own = graph.placeholder("root")
     for node in list(graph.nodes):
         node.type = None
+        node.target = node.name if node.op == "placeholder" else node.target  # which is unlike any other
         node.meta.pop("is_wrapped", None)
         if node.op == "call_module":
             node.target = short(str(node.target))

@@ -11,7 +11,7 @@ from fusedres.fusion.derived import original_class
 from fusedres.fusion.foreign import TakenNorm, is_timms, take
 from fusedres.fusion.install import install_all
 from fusedres.fusion.options import make_options
-from fusedres.fusion.refusals import Filter, swap_refusal, walk
+from fusedres.fusion.refusals import Filter, sealed, swap_refusal, walk
 from fusedres.nn import OWN_NORMS, SyncBatchNormAct, as_batch_norm_act
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -56,8 +56,9 @@ def fuse(
         ValueError: an unknown name in ``disable``, or an unknown ``save``.
     """
     options = make_options(disable, save)
-    for module in model.modules():
-        _restore(module)
+    for _, module in walk(model):
+        if sealed(module) is None:
+            _restore(module)
     refused = set() if filter_fn is None else {part for name, part in walk(model) if not filter_fn(part, name)}
     for _, norm in list(walk(model)):
         if _may_be_taken(norm) and swap_refusal(norm) is None and norm not in refused:

@@ -15,7 +15,6 @@ from typing import Any
 from torch import fx, nn
 
 from fusedres.fusion.derived import kind_of
-from fusedres.fusion.refusals import is_watched
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.tracing import FlatTracer
 
@@ -24,12 +23,11 @@ _serial = itertools.count()
 
 @dataclass(frozen=True)
 class Part:
-    """A module: its children, and its parameters and buffers, each with whether it is None."""
+    """A module: its children, parameters and buffers, each with whether it is None."""
 
     path: str
     kind: type[nn.Module]
-    children: tuple[str, ...]
-    tensors: tuple[tuple[str, bool], ...]
+    names: tuple[tuple[str, bool], ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Code:
         layers: PyTorch's modules, and ours, that the graph called before it was rewritten.
         training: the modes on which it depends.
         calls: a row for each call of a normalisation.
-        leaves: modules that it calls and of which nothing is assumed: those of users, and watched ones; with the reasons.
+        leaves: modules that it calls and of which nothing is assumed, users' and watched ones, with the reasons.
         forwards: of the classes, when it was traced; not known any more once it was pickled.
     """
 
@@ -79,7 +77,7 @@ class Code:
         if self.forwards and self.forwards != tuple(kind.forward for kind in self.kinds()):
             return None
         changed = any(_part(part.path, found[part.path]) != part for part in parts)
-        return None if changed or any(is_watched(found[part.path]) for part in parts[1:]) else Bound(self, found)
+        return None if changed else Bound(self, found)
 
 
 class Bound:
@@ -97,10 +95,11 @@ class Bound:
         self.tensors = [(names, [tensor is None for tensor in names.values()]) for names in tensors]
         self.mode = dict(code.training).get("")
         self.modes = [(found[path], mode) for path, mode in code.training if path]
-        self.forwards = [(kind, kind.forward) for kind in code.kinds()]
+        self.kinds = code.kinds()
+        self.forwards = [kind.forward for kind in self.kinds]
 
     def fits(self, root: nn.Module) -> bool:
-        """Whether ``root`` is as it was when this was made. Asked once a call: loops, which torch.compile follows too."""
+        """Whether ``root`` is as it was when this was made; once a call, in loops, which torch.compile follows."""
         if self.mode is not None and root.training is not self.mode:
             return False
         for module, mode in self.modes:
@@ -122,10 +121,7 @@ class Bound:
         for names, absent in self.tensors:
             if [tensor is None for tensor in names.values()] != absent:
                 return False
-        for kind, forward in self.forwards:
-            if kind.forward is not forward:
-                return False
-        return True
+        return [kind.forward for kind in self.kinds] == self.forwards
 
 
 def generate(root: nn.Module, trace: FlatTracer, calls: list[Call], key: tuple[Any, ...], called: list[str]) -> Code:
@@ -155,6 +151,7 @@ def _source(root: nn.Module, graph: fx.Graph) -> tuple[tuple[str, ...], str, tup
         own = graph.placeholder("root")
     for node in list(graph.nodes):
         node.type = None
+        node.target = node.name if node.op == "placeholder" else node.target  # which is unlike any other
         node.meta.pop("is_wrapped", None)
         if node.op == "call_module":
             node.target = short(str(node.target))
@@ -196,7 +193,5 @@ def _name(number: int) -> str:
 
 
 def _part(path: str, module: nn.Module) -> Part:
-    tensors = [*module._parameters.items(), *module._buffers.items()]
-    return Part(
-        path, kind_of(module), tuple(module._modules), tuple((name, tensor is None) for name, tensor in tensors)
-    )
+    named = {**module._modules, **module._parameters, **module._buffers}
+    return Part(path, kind_of(module), tuple((name, value is None) for name, value in named.items()))

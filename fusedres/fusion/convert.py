@@ -11,7 +11,7 @@ from fusedres.fusion.derived import original_class
 from fusedres.fusion.foreign import TakenNorm, is_timms, take
 from fusedres.fusion.install import install_all
 from fusedres.fusion.options import make_options
-from fusedres.fusion.refusals import Filter, swap_refusal, walk
+from fusedres.fusion.refusals import Filter, sealed, swap_refusal, walk
 from fusedres.nn import OWN_NORMS, SyncBatchNormAct, as_batch_norm_act
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -25,36 +25,27 @@ def fuse(
     disable: Collection[str] = (),
     save: str = "activations",
 ) -> ModuleT:
-    """Fuse BatchNorm, or LayerNorm and Linear, with residual additions and ReLU in every block of ``model``, in place.
+    """Fuse BatchNorm, or LayerNorm and Linear, with residual additions and ReLU all over ``model``, in place.
 
     Each ``nn.BatchNorm2d`` becomes a :class:`fusedres.nn.BatchNormAct2d`, the same object with the same tensors and
     hooks; timm's BatchNormAct2d keeps its class and gets a fused forward; ``nn.Linear`` and ``nn.LayerNorm`` stay what
-    they are. The forward of a block that holds a pattern is
-    rewritten from its torch.fx graph; the block stays an instance of its class. In pre-activation networks the
-    BatchNorm that opens a block makes the sum that ended the one before: rewritten forwards pass each other the
-    summands, as long as nobody watches the blocks in between. Parameters, buffers and ``state_dict`` are unchanged,
-    results up to rounding; a forward that cannot be traced, or depends on state that cannot be watched, is left alone,
-    and :func:`explain` says why. A block runs its original forward when one of its folded modules has been replaced,
-    patched or hooked, one of its own attributes set to another value, or an optional argument is passed, other than the
-    first where that may be ``None``, as an identity given to the block may. Fusing a fused model again, with the same
-    arguments, changes nothing. Other threads may run other models meanwhile, but not this one.
+    they are. The largest modules whose forwards torch.fx traces get a forward rewritten from that graph, and stay
+    instances of their classes; :func:`explain` says why others are left alone. Parameters, buffers and ``state_dict``
+    are unchanged, results up to rounding. Fusing a fused model again, with the same arguments, changes nothing.
 
-    Beyond a layer: the BatchNorm and ReLU of a stem with the maximum pooling behind them (``"stem"``); both BatchNorms
-    of a projection block (``"join"``); the two gradients that meet at a block's output, added in the reduction of its
-    BatchNorm (``"fork"``); the last BatchNorm, addition and ReLU with global average pooling (``"head"``); the sums of
-    pre-activation networks (``"preact"``). In a network that spans several modules, and where somebody watches one of
-    those in between, or it is called alone, what would have passed through it is not fused.
-
-    Not watched, and as they were when ``fuse`` was called: numbers, strings and functions that a forward reads from
-    its class or its Python module, the length of an ``nn.ModuleList``, and what it learns by calling functions of
-    other libraries, such as the clock or a random generator of its own. After a change to these, call ``fuse`` again.
+    A call in which modules were replaced, patched, hooked or switched to another mode, or with other arguments than
+    tensors, is traced anew, up to a number of times, or runs the original forward. What a forward reads beside its
+    arguments and modules (attributes, globals, the clock) is as it was when it was traced: call ``fuse`` again after a
+    change. Other threads may run other models meanwhile, but not this one.
 
     Args:
         model: any module.
         filter_fn: called with each module and its qualified name; where it returns ``False``, that BatchNorm, Linear
-            or LayerNorm, or that block's own forward, is left alone.
-        disable: fusions to leave out, of ``"stem"``, ``"join"``, ``"fork"``, ``"head"``, ``"preact"`` and ``"linear"``
-            (LayerNorm and Linear).
+            or LayerNorm, or that module's own forward, is left alone.
+        disable: fusions to leave out: ``"stem"`` (the first BatchNorm and ReLU with max pooling), ``"join"`` (both
+            BatchNorms of a projection), ``"fork"`` (two gradients that meet, added in a reduction), ``"head"`` (the
+            last activation with global average pooling), ``"preact"`` (the sums of pre-activation networks) and
+            ``"linear"`` (LayerNorm and Linear).
         save: ``"recompute"`` keeps the input of a BatchNorm, not the output of its ReLU, where that feeds one
             convolution, whose backward computes it again: less memory for one more read and write of it.
 
@@ -65,8 +56,9 @@ def fuse(
         ValueError: an unknown name in ``disable``, or an unknown ``save``.
     """
     options = make_options(disable, save)
-    for module in model.modules():
-        _restore(module)
+    for _, module in walk(model):
+        if sealed(module) is None:
+            _restore(module)
     refused = set() if filter_fn is None else {part for name, part in walk(model) if not filter_fn(part, name)}
     for _, norm in list(walk(model)):
         if _may_be_taken(norm) and swap_refusal(norm) is None and norm not in refused:
@@ -76,14 +68,7 @@ def fuse(
 
 
 def unfuse(model: ModuleT) -> ModuleT:
-    """Undo :func:`fuse` in place: the original classes and forwards, over the same tensors.
-
-    A :class:`fusedres.nn.BatchNormAct2d` that ``fuse`` did not make stays, and so does a
-    :class:`fusedres.nn.SyncBatchNormAct`.
-
-    Returns:
-        ``model`` itself.
-    """
+    """Undo :func:`fuse` in place, over the same tensors, and return ``model``; modules of ours from elsewhere stay."""
     for module in model.modules():
         _restore(module)
         if is_taken(module):

@@ -23,7 +23,7 @@ from fusedres.fusion.code import Bound, Code
 from fusedres.fusion.derived import Derived, disguise
 from fusedres.fusion.options import Options
 from fusedres.fusion.proxies import UntraceableError
-from fusedres.fusion.region import TENSOR, Key, make_code, make_plans, positional
+from fusedres.fusion.region import TENSOR, Key, Names, make_code, make_plans, parameters
 from fusedres.fusion.state import one_at_a_time
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -47,10 +47,6 @@ class Region:
     def __deepcopy__(self, memo: Any) -> Region:
         return replace(self, codes=list(self.codes), bounds=[])
 
-    def bind(self, root: nn.Module) -> None:
-        """For ``root`` as it is."""
-        self.bounds = [bound for code in self.codes if (bound := code.bind(root)) is not None]
-
     def find(self, root: nn.Module, key: Key) -> Bound | None:
         """The code that stands for a call of ``root`` as it is now."""
         for bound in self.bounds:
@@ -61,9 +57,7 @@ class Region:
     def _find_anew(self, root: nn.Module, key: Key) -> Bound | None:
         with one_at_a_time:
             for code in self.codes:
-                bound = code.bind(root) if code.key == key else None
-                if bound is not None and bound.fits(root):
-                    self.bounds = [other for other in self.bounds if other.code is not code] + [bound]
+                if code.key == key and (bound := self._bind(root, code)) is not None:
                     return bound
             if self.traces >= _TRACES:
                 return None
@@ -76,11 +70,18 @@ class Region:
             for path, _ in code.leaves:  # watched since: they may hold regions of their own
                 refused = {root.get_submodule(name) for name in self.refused}
                 install_all(root.get_submodule(path), refused, self.options)
-            bound = code.bind(root)
-            if bound is None or not bound.fits(root):
-                return None
-            self.bounds = [*self.bounds, bound]
-            return bound
+            return self._bind(root, code)
+
+    def bind_all(self, root: nn.Module) -> None:
+        """For ``root`` as it is."""
+        self.bounds = [bound for code in self.codes if (bound := code.bind(root)) is not None]
+
+    def _bind(self, root: nn.Module, code: Code) -> Bound | None:
+        bound = code.bind(root)
+        if bound is None or not bound.fits(root):
+            return None
+        self.bounds = [*(other for other in self.bounds if other.code is not code), bound]
+        return bound
 
 
 class FusedRegion(Derived):
@@ -93,45 +94,51 @@ class FusedRegion(Derived):
         super().__setstate__(state)  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(self, nn.Module)
         if self._fusedres_region is not None:
-            self._fusedres_region.bind(self)
+            self._fusedres_region.bind_all(self)
 
 
 def install_all(model: nn.Module, refused: set[nn.Module], options: Options) -> None:
     """Find the regions of ``model``, and give their roots the rewritten forwards."""
     for plan in make_plans(model, refused, options):
-        # A class with a memory layout of its own has no such subclass, and a fused one has its code.
-        if plan.is_rewritten and not isinstance(plan.module, FusedRegion):
+        root = plan.module
+        # A class with a memory layout of its own has no such subclass, and a fused module has its code.
+        if plan.is_rewritten and not isinstance(root, FusedRegion):
             with contextlib.suppress(TypeError):
-                plan.module.__class__ = _fused_class(type(plan.module))
-                region = vars(plan.module)["_fusedres_region"] = Region(options, plan.refused, plan.codes)
-                region.bind(plan.module)
+                root.__class__ = _fused_class(type(root))
+                region = vars(root)["_fusedres_region"] = Region(options, plan.refused, plan.codes)
+                region.bind_all(root)
 
 
-def arguments(
-    names: tuple[tuple[str, ...], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Key, Sequence[Any]] | None:
+def arguments(names: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, Sequence[Any]] | None:
     """The form of a call and its tensors; ``None`` where no code stands for such a call."""
-    by_position, known = names
+    by_position, known, _ = names
     if len(args) == 1 and not kwargs and type(args[0]) in _PLAIN and by_position:
         return ((by_position[0], TENSOR),), args  # nearly all calls
-    if len(args) > len(by_position) or not kwargs.keys() <= {*known} - {*by_position[: len(args)]}:
+    if len(args) > len(by_position):
         return None
     key: list[Any] = []
     tensors: list[Any] = []
     for name, value in [*zip(by_position, args, strict=False), *kwargs.items()]:
         kind = type(value)
-        if kind not in _PLAIN and kind not in _CONSTANTS:
-            return None
-        key.append((name, TENSOR if kind in _PLAIN else (kind.__name__, value)))
         if kind in _PLAIN:
+            for other in tensors:
+                if other is value:
+                    return None
+            key.append((name, TENSOR))
             tensors.append(value)
-    return (tuple(key), tensors) if len({*map(id, tensors)}) == len(tensors) else None
+        elif kind in _CONSTANTS:
+            key.append((name, (kind.__name__, value)))
+        else:
+            return None
+    for name in kwargs:
+        if name not in known or name in by_position[: len(args)]:
+            return None
+    return tuple(key), tensors
 
 
 @functools.cache
 def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """One class for all regions whose roots were of one class."""
-    names = positional(original)
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,5 +149,6 @@ def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
             return original.forward(self, *args, **kwargs)
         return bound.run(bound.modules, self, *given[1])
 
+    names = parameters(original)
     attributes = {**disguise(original, _fused_class, original), "forward": forward}
     return types.new_class(original.__name__, (FusedRegion, original), {}, lambda body: body.update(attributes))

@@ -11,12 +11,7 @@ SAVES = ("activations", "recompute")
 
 @dataclass(frozen=True)
 class Options:
-    """Which fusions beyond a layer are left out, and what is kept for the backward.
-
-    Attributes:
-        disable: any of ``FUSIONS``.
-        save: one of ``SAVES``.
-    """
+    """Which of ``FUSIONS`` are left out, and which of ``SAVES`` is kept for the backward."""
 
     disable: frozenset[str] = frozenset()
     save: str = "activations"
@@ -33,8 +28,7 @@ def make_options(disable: Collection[str], save: str) -> Options:
     """
     if isinstance(disable, str):
         raise ValueError(f"disable must be a collection of names, got {disable!r}")
-    unknown = sorted(set(disable) - FUSIONS)
-    if unknown:
+    if unknown := sorted(set(disable) - FUSIONS):
         raise ValueError(f"disable must be of {sorted(FUSIONS)}, got {unknown}")
     if save not in SAVES:
         raise ValueError(f"save must be one of {SAVES}, got {save!r}")

@@ -16,7 +16,6 @@ from fusedres.fusion.proxies import is_torchs
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.runtime import is_plain
 from fusedres.fusion.watching import is_hooked
-from fusedres.fusion.tracing import has_own_call
 from fusedres.nn import OWN_NORMS, BatchNormActMaxPool2d, LayerNormLinear, LinearLayerNorm, ResidualMLPBlock
 
 Filter = Callable[[nn.Module, str], bool]
@@ -43,13 +42,14 @@ def sealed(module: nn.Module) -> str | None:
     return "it is a ScriptModule" if isinstance(module, torch.jit.ScriptModule) else None
 
 
+def _own_forward(module: nn.Module) -> str | None:
+    return "its forward was replaced on the instance" if "forward" in vars(module) else sealed(module)
+
+
 def swap_refusal(norm: nn.Module) -> str | None:
     """Why ``norm`` cannot become one of :mod:`fusedres.nn`, or timm's get our forward."""
-    if type(norm) not in (nn.BatchNorm2d, *OWN_NORMS) and not is_timms(norm):
-        return f"{type(norm).__name__} is not nn.BatchNorm2d"
-    if "forward" in vars(norm):
-        return "its forward was replaced on the instance"
-    return sealed(norm)
+    ours = type(norm) in (nn.BatchNorm2d, *OWN_NORMS) or is_timms(norm)
+    return _own_forward(norm) if ours else f"{type(norm).__name__} is not nn.BatchNorm2d"
 
 
 def layer_refusal(layer: nn.Module) -> str | None:
@@ -61,14 +61,10 @@ def layer_refusal(layer: nn.Module) -> str | None:
     kind = nn.LayerNorm if isinstance(layer, nn.LayerNorm) else nn.Linear
     if type(layer) is not kind:
         return f"{type(layer).__name__} is not nn.{kind.__name__}"
-    if "forward" in vars(layer):
-        return "its forward was replaced on the instance"
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
         return "it normalises over more than the last dimension"
-    for name, tensor in layer.named_parameters():
-        if not is_plain(tensor):
-            return f"its {name} is a {type(tensor).__name__}"
-    return sealed(layer)
+    odd = [f"its {name} is a {type(p).__name__}" for name, p in layer.named_parameters() if not is_plain(p)]
+    return _own_forward(layer) or (odd[0] if odd else None)
 
 
 def root_refusal(module: nn.Module) -> str | None:
@@ -77,28 +73,20 @@ def root_refusal(module: nn.Module) -> str | None:
         return "it is fused by those who built it"
     if isinstance(module, Derived) and original_class(module) is None:
         return "it was wrapped after it was fused"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
     if isinstance(module, fx.GraphModule):
         return "its forward is generated"
-    if not _is_users(module):
-        return f"{type(module).__name__} is a wrapper of PyTorch's"
-    return sealed(module)
+    return _own_forward(module) or (None if _is_users(module) else f"{type(module).__name__} is a wrapper of PyTorch's")
 
 
 def leaf_reason(module: nn.Module) -> str | None:
     """Why a graph calls ``module`` and does not go into it; ``""`` where it is PyTorch's or ours."""
-    reason = sealed(module) or ("it has hooks" if is_hooked(module) else None)
-    if reason is None and "forward" in vars(module):
-        reason = "its forward was replaced on the instance"
+    reason = _own_forward(module) or ("it has hooks" if is_hooked(module) else None)
     if reason is not None:
         return reason
-    if isinstance(module, (_BatchNorm, nn.LayerNorm, BatchNormActMaxPool2d)) or type(module) in OWN_BLOCKS:
+    if isinstance(module, (_BatchNorm, nn.LayerNorm, BatchNormActMaxPool2d, *OWN_BLOCKS)):
         return ""
-    if not _is_users(module) and not isinstance(module, fx.GraphModule):
-        wraps = bool(module._modules) and not type(module).__module__.startswith("torch.nn.modules.")
-        return f"{type(module).__name__} is a wrapper of PyTorch's" if wraps else ""
-    return root_refusal(module)
+    own = type(module).__module__.startswith("torch.nn.modules.") or not module._modules
+    return "" if own and not _is_users(module) and not isinstance(module, fx.GraphModule) else root_refusal(module)
 
 
 def _is_users(module: nn.Module) -> bool:
@@ -114,25 +102,17 @@ def has_forward(module: nn.Module) -> bool:
     return not isinstance(module, (_BatchNorm, nn.LayerNorm))
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is more than its class's forward."""
-    patched = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return patched or is_hooked(module) or has_own_call(module)
-
-
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Like ``named_modules``, without what is below compiled and scripted modules."""
     seen: set[nn.Module] = set()
     pending = [("", model)]
     while pending:
         name, module = pending.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        yield name, module
-        if sealed(module) is None:
-            children = [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
-            pending += reversed(children)
+        if module not in seen:
+            seen.add(module)
+            yield name, module
+            children = [] if sealed(module) else list(module.named_children())
+            pending += [(f"{name}.{child}" if name else child, part) for child, part in reversed(children)]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from fusedres.fusion.tracing import trace
 from fusedres.nn import OWN_NORMS
 
 TENSOR = "tensor"
+Names = tuple[tuple[str, ...], frozenset[str], frozenset[str]]
 Key = tuple[tuple[str, Any], ...]  # of each argument its name, and TENSOR or the type and value of a constant
 
 
@@ -37,28 +39,36 @@ class Plan:
     reason: str = ""
     refused: frozenset[str] = frozenset()
     reached: Set[nn.Module] = frozenset()
-    is_rewritten: bool = False
+
+    @property
+    def is_rewritten(self) -> bool:
+        calls = [call for code in self.codes for call in code.calls if not call.own]
+        return any(call.pattern not in ("bn", "ln") or call.forks for call in calls)
 
 
 def make_plans(model: nn.Module, refused: set[nn.Module], options: Options, dry: bool = False) -> list[Plan]:
     """The regions of ``model``, outermost first, and the modules around them and between that are none.
 
-    A region that is fused already keeps its own options and refusals. ``dry`` is whether BatchNorms are still PyTorch's.
+    A region that is fused keeps its own options and refusals. ``dry`` is whether BatchNorms are still PyTorch's.
     """
     plans: list[Plan] = []
-    seen: set[nn.Module] = set()
+    seen, refused = set[nn.Module](), set(refused)
 
     def visit(module: nn.Module, name: str, options: Options, reached: Set[nn.Module]) -> None:
         if module in seen or isinstance(module, (_BatchNorm, nn.LayerNorm)) or not _may_hold_layers(module):
             return
         if module not in reached:
             seen.add(module)
+            region = vars(module).get("_fusedres_region")
+            if region is not None:
+                options = region.options
+                refused.update(part for path, part in module.named_modules() if path in region.refused)
             if has_forward(module):
-                region = vars(module).get("_fusedres_region")
-                options = options if region is None else region.options
-                plan = _plan(name, module, refused, options, dry)
-                plans.append(plan)
-                reached = plan.reached
+                reason = "filter_fn" if module in refused else root_refusal(module) or ""
+                paths = frozenset(path for path, part in module.named_modules() if part in refused)
+                plans.append(Plan(name, module, reason=reason, refused=paths))
+                _complete(plans[-1], options, dry)
+                reached = plans[-1].reached
         if module in reached or sealed(module) is None:
             for child, part in module.named_children():
                 visit(part, f"{name}.{child}" if name else child, options, reached)
@@ -67,29 +77,22 @@ def make_plans(model: nn.Module, refused: set[nn.Module], options: Options, dry:
     return plans
 
 
-def _plan(name: str, module: nn.Module, refused: set[nn.Module], options: Options, dry: bool) -> Plan:
-    plan = Plan(name, module, reason="filter_fn" if module in refused else root_refusal(module) or "")
+def _complete(plan: Plan, options: Options, dry: bool) -> None:
+    """Trace what ``plan`` is of, in both modes, or say why it cannot be."""
     if plan.reason:
-        return plan
-    region = vars(module).get("_fusedres_region")
-    plan.refused = frozenset(path for path, part in module.named_modules() if part in refused)
-    if region is not None:
-        plan.refused = region.refused
+        return
+    module = plan.module
+    by_position, _, optional = parameters(kind_of(module))
+    key = tuple((name, TENSOR) for name in by_position if name not in optional)
     try:
-        given = inspect.signature(kind_of(module).forward).parameters
-        key = tuple((name, TENSOR) for name in positional(kind_of(module))[0] if given[name].default is inspect.Parameter.empty)
         codes = [make_code(module, key, plan.refused, options, True, dry)]
         if codes[0].training:
             codes.append(make_code(module, key, plan.refused, options, False, dry))
     except UntraceableError as error:
         plan.reason = str(error)
-        return plan
+        return
     plan.codes = codes
-    parts = (part for code in codes for part in (*code.inlined, *code.layers))
-    plan.reached = {module.get_submodule(part.path) for part in parts}
-    calls = [call for code in codes for call in code.calls if not call.own]
-    plan.is_rewritten = any(call.pattern not in ("bn", "ln") or call.forks for call in calls)
-    return plan
+    plan.reached = {module.get_submodule(part.path) for code in codes for part in (*code.inlined, *code.layers)}
 
 
 def make_code(
@@ -115,9 +118,8 @@ def make_code(
     def refusal(layer: nn.Module) -> str | None:
         if layer in refused:
             return "filter_fn"
-        reason = layer_refusal(layer)
-        taken = type(layer) in OWN_NORMS or isinstance(layer, TakenNorm) or not isinstance(layer, _BatchNorm)
-        return reason if reason is not None or taken or dry else "filter_fn, or added since"
+        taken = dry or type(layer) in OWN_NORMS or isinstance(layer, TakenNorm) or not isinstance(layer, _BatchNorm)
+        return layer_refusal(layer) or (None if taken else "filter_fn, or added since")
 
     arguments = {name: Tensor if kind == TENSOR else kind[1] for name, kind in key}
     traced = trace(root, leaf, arguments, training)
@@ -126,11 +128,13 @@ def make_code(
     return generate(root, traced, calls, key, called)
 
 
-def positional(kind: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """The names of the parameters of its forward that can be given by position, and of all."""
+@functools.cache
+def parameters(kind: type[nn.Module]) -> Names:
+    """The names of the parameters of its forward that can be given by position, of all, and of the optional ones."""
     given = list(inspect.signature(kind.forward).parameters.values())[1:]
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in given if p.kind in by_position), tuple(p.name for p in given)
+    by_position = tuple(p.name for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    optional = frozenset(p.name for p in given if p.default is not p.empty)
+    return by_position, frozenset(p.name for p in given), optional
 
 
 def _may_hold_layers(module: nn.Module) -> bool:

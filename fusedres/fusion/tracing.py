@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedres.fusion.aliasing import IN_PLACE_OPERATORS, is_tensor
+from fusedres.fusion.aliasing import IN_PLACE_OPERATORS, Values, is_tensor
 from fusedres.fusion.derived import kind_of
 from fusedres.fusion.proxies import MARK, UntraceableError, Value, is_torchs, is_users, rebuilt
 from fusedres.fusion.state import Output, RandomState, State, one_at_a_time
@@ -162,7 +162,8 @@ class FlatTracer(fx.Tracer):
         """Raise where running the graph would not be running the forward."""
         if any(value() is not None for value in self.values):
             raise UntraceableError("forward keeps a value after its end")
-        self.graph.eliminate_dead_code(lambda node: node.target != "format")
+        pure = Values(self.module, self.graph).is_pure
+        self.graph.eliminate_dead_code(lambda node: not pure(node))
         operators = set(IN_PLACE_OPERATORS.values())
         for node in self.graph.nodes:
             strings: list[Any] = []

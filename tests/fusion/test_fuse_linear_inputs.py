@@ -123,7 +123,7 @@ def test_wrong_inputs_raise_what_eager_raises():
         block = block_of(forward)
         reference = copy.deepcopy(block)
         fusedres.fuse(block)
-        assert type(block).__mro__[1].__name__ == "FusedBlock"
+        assert type(block).__mro__[1].__name__ == "FusedRegion"
         with pytest.raises(RuntimeError):
             reference(x)
         assert_same_outcome(lambda x=x, block=block: block(x), lambda x=x, reference=reference: reference(x))

@@ -219,7 +219,7 @@ def test_pytorchs_conversion_never_drops_an_activation(build):
 def test_timms_norms_run_in_kernels():
     torch.manual_seed(1)
     seen = check_network(randomise(_csp()).float(), torch.randn(2, 3, 32, 32), torch.contiguous_format)
-    assert seen == {"bn": 14, "backward": 14}  # LeakyReLU is not in the kernels
+    assert seen == {"bn": 12, "bn_add": 2, "backward": 14}  # LeakyReLU is not in the kernels
 
 
 def test_timms_norms():

@@ -86,6 +86,13 @@ def dead_difference(self, x):
     return torch.relu(out + x)
 
 
+def second_name(self, x):
+    out = self.b(x)
+    other = out
+    out += x
+    return torch.relu(other)
+
+
 FOLDED: dict[str, tuple[Callable[..., object], dict[str, int]]] = {
     "nn.ReLU": (lambda self, x: self.relu(self.b(x)), {"bn_act": 1}),
     "nn.ReLU(inplace)": (lambda self, x: self.relu_(self.b(x)), {"bn_act": 1}),
@@ -117,6 +124,7 @@ FOLDED: dict[str, tuple[Callable[..., object], dict[str, int]]] = {
     "one norm twice": (lambda self, x: self.relu(self.b(x) + self.bn(self.conv2(x))), {"bn": 1, "bn_add_act": 1}),
     "in-place relu, both names": (relu_read_under_both_names, {"bn_act": 1}),
     "dead difference": (dead_difference, {"bn_add_act": 1}),
+    "second name": (second_name, {"bn_add_act": 1}),
 }
 
 
@@ -158,13 +166,6 @@ def into_a_norm_that_is_read(self, x):
     return torch.relu(one), view * 2
 
 
-def second_name(self, x):
-    out = self.b(x)
-    other = out
-    out += x
-    return torch.relu(other)
-
-
 def input_changes_before_the_addition(self, x):
     inner = self.conv(x)
     out = self.bn(inner)
@@ -194,7 +195,6 @@ LEFT: dict[str, tuple[Callable[..., object], dict[str, int]]] = {
     "into an alias of the input": (into_an_alias, {"bn": 1}),
     "into a clone that is printed": (into_a_clone_that_is_printed, {"bn": 1}),
     "into a norm that is read": (into_a_norm_that_is_read, {"bn": 2}),
-    "second name": (second_name, {"bn": 1}),
     "input changes": (input_changes_before_the_addition, {"bn": 1}),
     "input changes in a module": (input_changes_in_a_module, {"bn": 1}),
     "one norm in between": (one_norm_in_between, {"bn": 1, "bn_act": 1}),

@@ -65,7 +65,7 @@ def test_networks_of_others(entry: Entry):
 
 
 def test_additions_across_blocks():
-    assert sum(additions(fuse(entry.build())) for entry in SMALL.values()) >= 114
+    assert sum(additions(fuse(entry.build())) for entry in SMALL.values()) >= 36
 
 
 def test_every_pair_of_densenet():

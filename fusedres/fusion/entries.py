@@ -122,8 +122,9 @@ def _as_called(root: nn.Module, call: Call) -> list[Call]:
         return [call]
     if call.partner:
         return [Call(call.module, call.pattern.replace("_bn", "", 1)), Call(call.partner, "bn")]
-    pattern = call.pattern.removesuffix("_maxpool")
-    return [replace(call, pattern=pattern, recomputes=False, reason="" if call.recomputes else call.reason)]
+    pattern = call.pattern.removesuffix("_maxpool").removesuffix("_avgpool")
+    reason = "" if call.recomputes else call.reason
+    return [replace(call, pattern=pattern, recomputes=False, forks=False, reason=reason)]
 
 
 def _calls_not_found(plans: list[Plan], names: dict[nn.Module, str], found: set[nn.Module]) -> Iterator[Entry]:

@@ -30,8 +30,7 @@ def is_torchs(name: object) -> bool:
 
 def is_users(frame: Any) -> bool:
     """Whether ``frame`` runs neither PyTorch's code nor ours."""
-    home = str(frame.f_globals.get("__name__", ""))
-    return home != "torch" and not home.startswith(("torch.", "fusedres."))
+    return not str(frame.f_globals.get("__name__", "")).startswith(("torch.", "fusedres."))
 
 
 class Value(fx.Proxy):

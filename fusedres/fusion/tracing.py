@@ -270,7 +270,7 @@ class FlatTracer(fx.Tracer):
         """Raise where the innermost forward, or what it calls, has something that a trace leaves out."""
         frame = sys._getframe(1)
         while frame is not None and frame.f_code is not FlatTracer._inline.__code__:
-            if is_users(frame):
+            if is_users(frame) and frame.f_globals.get("__name__") != "torch":  # such as torch._assert
                 self._check_code(frame.f_code)
             frame = frame.f_back
 

@@ -172,7 +172,7 @@ def test_head_whose_average_changes_later():
     block = fusedres.fuse(block_of(HEADS["module"]))
     reference = fusedres.unfuse(copy.deepcopy(block))
     for change in (
-        lambda candidate: setattr(candidate.average, "output_size", (2, 1)),
+        lambda candidate: setattr(candidate, "average", nn.AdaptiveAvgPool2d((2, 1))),
         lambda candidate: candidate.average.register_forward_hook(lambda module, args, out: 2 * out),
     ):
         for candidate in (block, reference):

@@ -122,7 +122,7 @@ def _as_called(root: nn.Module, call: Call) -> list[Call]:
     if call.partner:
         return [Call(call.module, call.pattern.replace("_bn", "", 1)), Call(call.partner, "bn")]
     pattern = call.pattern.removesuffix("_maxpool")
-    return [replace(call, pattern=pattern, recomputes=False, reason="" if call.recomputes else call.reason)]
+    return [replace(call, pattern=pattern, recomputes=False, forks=False, reason="" if call.recomputes else call.reason)]
 
 
 def _calls_not_found(plans: list[Plan], names: dict[nn.Module, str], found: set[nn.Module]) -> Iterator[Entry]:

@@ -44,13 +44,13 @@ def swap_refusal(norm: nn.Module) -> str | None:
 
 def layer_refusal(layer: nn.Module) -> str | None:
     """Why a fused forward cannot stand for the call of ``layer``: a Linear, a LayerNorm or a BatchNorm."""
+    kind = nn.LayerNorm if isinstance(layer, nn.LayerNorm) else nn.Linear
+    if type(layer) is not kind and not isinstance(layer, _BatchNorm):
+        return f"{type(layer).__name__} is not nn.{kind.__name__}"
     if is_hooked(layer):
         return "it has hooks"
     if isinstance(layer, _BatchNorm):
         return swap_refusal(layer)
-    kind = nn.LayerNorm if isinstance(layer, nn.LayerNorm) else nn.Linear
-    if type(layer) is not kind:
-        return f"{type(layer).__name__} is not nn.{kind.__name__}"
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
         return "it normalises over more than the last dimension"
     odd = [f"its {name} is a {type(p).__name__}" for name, p in layer.named_parameters() if not is_plain(p)]

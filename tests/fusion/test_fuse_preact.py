@@ -96,7 +96,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] 
     "hand-basic": (lambda: hand(zoo.KuangliuBlock), SMALL, BASIC),
     "hand-bottleneck": (lambda: hand(zoo.KuangliuBottleneck), SMALL, BOTTLENECK),
     "hand-pad": (lambda: hand(zoo.ZeroPadBlock), SMALL, BASIC),
-    "projection": (lambda: hand(Projection), SMALL, BASIC | {"bn": 1}),
+    "projection": (lambda: hand(Projection), SMALL, {"add_bn_act": 3, "bn_act": 6, "bn_add": 1}),
     "list": (Listed, SMALL, {"add_bn_act": 2, "bn_act": 4, "add_bn": 1}),
     "timm-basic": (lambda: zoo.timm_resnetv2("resnetv2_18", (2, 2)), (2, 3, 32, 32), BASIC),
     "timm-bottleneck": (lambda: zoo.timm_resnetv2("resnetv2_50", (2, 2)), (2, 3, 32, 32), BOTTLENECK),
@@ -176,7 +176,7 @@ def test_a_norm_of_timms_that_changes_is_called(change):
     rows = {row["module"]: row for row in fusedres.explain(model).rows}
     changed = rows["stages.1.blocks.0.norm1"]
     assert (changed["pattern"], changed["path"]) == ("bn", "eager" if change == "replace" else "reference")
-    assert rows["stages.1.blocks.1.norm1"]["pattern"] == "bn_act"  # its sum is made in the original forward
+    assert rows["stages.1.blocks.1.norm1"]["pattern"] == "add_bn_act"
     assert rows["norm"]["pattern"] == "add_bn_act"
 
 
@@ -195,15 +195,15 @@ def test_copies_are_fused_and_independent(how, tmp_path):
     model, x = fusedres.fuse(randomise(hand(Projection))), images()
     duplicate = COPIES[how](model, tmp_path)
     assert [type(module) for module in duplicate.modules()] == [type(module) for module in model.modules()]
-    assert counts(duplicate) == counts(model) == BASIC | {"bn": 1}
+    assert counts(duplicate) == counts(model) == ZOO["projection"][2]
     assert_same_steps(duplicate, model, x)
 
 
-def test_blocks_keep_their_class_and_share_one():
+def test_blocks_keep_their_class():
     model = fusedres.fuse(models.preact_resnet_cifar(29, width=1))
     blocks = [module for module in model.modules() if isinstance(module, models.PreActBottleneck)]
     assert len(blocks) == 9
-    assert len({type(block) for block in blocks}) == 2  # with and without a projection
+    assert {type(block) for block in blocks} == {models.PreActBottleneck}  # in the graph of the whole
 
 
 def test_a_thousand_layers():
@@ -292,4 +292,5 @@ def test_checkpointing_that_timm_switches_on_later():
     fusedres.fuse(model)
     for candidate in (model, reference):
         candidate.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+    fusedres.fuse(model)
     assert_same_steps(model, reference, x)

@@ -186,8 +186,8 @@ def quantized(module: nn.Linear) -> nn.Linear:
 
 
 CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
-    "LoRA": (lambda b: replace(b, "fc", as_class(LoRALinear)), "its weights are not plain tensors of the block"),
-    "wrapper": (lambda b: replace(b, "fc", Wrapper), "add is between it and the Linear in front of it"),
+    "LoRA": (lambda b: replace(b, "fc", as_class(LoRALinear)), "its weights are not plain tensors"),
+    "wrapper": (lambda b: replace(b, "fc", Wrapper), "mul is between it and the Linear"),
     "parametrized": (lambda b: parametrizations.weight_norm(b.fc), "ParametrizedLinear is not nn.Linear"),
     "spectral_norm": (lambda b: nn.utils.spectral_norm(b.fc), "the Linear fc: it has hooks"),
     "pruned": (lambda b: prune.l1_unstructured(b.fc, "weight", 0.5), "the Linear fc: it has hooks"),

@@ -55,7 +55,6 @@ JOINED: dict[str, tuple[Callable[..., object], dict[str, int]]] = {
     "through an alias": (through_an_alias, {"add_bn_act": 1}),
     "two norms": (two_norms, {"add_bn_act": 1, "bn_act": 1}),
     "printed": (printed, {"add_bn_act": 1}),
-    "handed to user code": (handed_to_user_code, {"add_bn_act": 1}),  # which is in the graph
 }
 
 
@@ -108,6 +107,7 @@ LEFT: dict[str, tuple[Callable[..., object], dict[str, int]]] = {
     "into the input": (in_place_into_the_input, {"bn_act": 1}),
     "returned": (returned, {"bn_act": 1}),
     "alias returned": (alias_returned, {"bn_act": 1}),
+    "handed to user code": (handed_to_user_code, {"bn_act": 1}),
     "hooked": (hooked, {"bn": 1}),
     "changed before": (changed_before, {"bn_act": 1}),
     "statistics before": (statistics_before, {"bn_act": 1}),
@@ -210,19 +210,19 @@ def test_hooks_see_what_they_saw(kind, name, before):
 @pytest.mark.parametrize("kind", [Projection, fusedres.nn.PreActBasicBlock])
 def test_hooked_blocks_are_reported(kind):
     model = native(kind) if kind is not Projection else hand(kind)
-    fusedres.fuse(model)
-    assert counts(model)["add_bn_act"] == (3 if kind is Projection else 4)
+    before = counts(fusedres.fuse(model))["add_bn_act"]
     path = "layers.0.1" if kind is Projection else "layer1.1"
     handle = model.get_submodule(path).register_full_backward_hook(lambda *_: None)
-    assert counts(model)["add_bn_act"] == 2  # it neither takes nor gives
     with counted_adds() as seen:
         model.float()(torch.randn(2, 3, 8, 8))
-    assert seen == {"relu": 2}
+    # It makes no sum for its hook; what takes a value from it does not either.
+    assert counts(model)["add_bn_act"] == seen["relu"] < before
     handle.remove()
+    assert counts(model)["add_bn_act"] == before
     model.get_submodule(f"{path}.bn1").register_forward_hook(lambda *_: None)
     with counted_adds() as seen:
         model(torch.randn(2, 3, 8, 8))
-    assert counts(model)["add_bn_act"] == seen["relu"] == (2 if kind is Projection else 3)
+    assert counts(model)["add_bn_act"] == seen["relu"] == before - 1
 
 
 class Collecting(Listed):

@@ -247,8 +247,9 @@ class Decorated(Parts):
 
 UNTRACEABLE = [
     draws, draws_torch, makes_a_constant, uses_a_global_tensor, counts_calls, remembers, fills_a_table,
-    marks_its_child, branches_on_values, branches_on_shapes, loops_over_a_shape, logs, warns, writes, formats_for_something_else, names_by_a_value, aligns_a_text,
-    without_gradients, partly_in_autocast, custom_function,
+    marks_its_child, branches_on_values, branches_on_shapes, loops_over_a_shape, logs, warns, writes,
+    formats_for_something_else, names_by_a_value, aligns_a_text, without_gradients, partly_in_autocast,
+    custom_function,
 ]  # fmt: skip
 
 

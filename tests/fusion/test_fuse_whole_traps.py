@@ -120,7 +120,7 @@ class Looped(nn.Module):
         return self.average(x)
 
 
-def test_calls_of_one_block_that_end_in_several_ways():
+def test_each_call_of_a_block_has_its_rows():
     model = fusedres.fuse(randomise(Looped()))
     assert [(row["module"], row["pattern"]) for row in fusedres.explain(model).rows] == [
         *[("block.bn1", "bn_act"), ("block.bn2", "bn_add_act")] * 2,

@@ -1,4 +1,4 @@
-"""What is fused in every network of the zoo: at least the patterns that were found before, with few exceptions none less.
+"""What is fused in every network of the zoo: at least the patterns that were found before.
 
 ``python -m tests.fusion.test_snapshot`` prints what is found now, in the form of the expectation.
 """

@@ -32,7 +32,7 @@ def counted_adds() -> Iterator[collections.Counter[str | None]]:
         return functional.add_normalise(input, residual, norm, act, group)
 
     with contextlib.ExitStack() as stack:
-        for module in ("fusedres.nn.batch_norm", "fusedres.fusion.foreign"):
+        for module in ("fusedres.nn.batch_norm", "fusedres.fusion.runtime"):
             stack.enter_context(mock.patch(f"{module}.add_normalise", count))
         yield seen
 

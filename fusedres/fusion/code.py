@@ -61,9 +61,6 @@ class Code:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "forwards": ()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
     def kinds(self) -> list[type[nn.Module]]:
         """The classes whose forwards are in it, or are known."""
         return list(dict.fromkeys(part.kind for part in (*self.inlined, *self.layers)))

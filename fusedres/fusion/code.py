@@ -61,9 +61,6 @@ class Code:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "forwards": ()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
     def kinds(self) -> list[type[nn.Module]]:
         """The classes whose forwards are in it, or are known."""
         return list(dict.fromkeys(part.kind for part in (*self.inlined, *self.layers)))
@@ -183,7 +180,9 @@ def compiled(source: str, names: tuple[tuple[str, Any], ...]) -> Callable[..., A
     """The function of ``source``: one for all networks with the same, so that torch.compile compiles it once."""
     filename = f"<fusedres {next(_serial)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    known = {name: importlib.import_module(v.name) if isinstance(v, _Module) else v for name, v in names}
+    known: dict[str, Any] = {
+        name: importlib.import_module(v.name) if isinstance(v, _Module) else v for name, v in names
+    }
     exec(compile(source, filename, "exec"), known)
     return known["forward"]
 

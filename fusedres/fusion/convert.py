@@ -57,7 +57,7 @@ def fuse(
     """
     options = make_options(disable, save)
     for _, module in walk(model):
-        if sealed(module) is None:
+        if sealed(module) is None and original_class(module) is not None:  # what was wrapped since stays
             _restore(module)
     refused = set() if filter_fn is None else {part for name, part in walk(model) if not filter_fn(part, name)}
     for _, norm in list(walk(model)):

@@ -143,11 +143,12 @@ def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         region = self._fusedres_region
-        given = None if region is None or _has_any_global_hook() else arguments(names, args, kwargs)
-        bound = None if given is None else region.find(self, given[0])
-        if given is None or bound is None:
-            return original.forward(self, *args, **kwargs)
-        return bound.run(bound.modules, self, *given[1])
+        if region is not None and not _has_any_global_hook():
+            given = arguments(names, args, kwargs)
+            bound = None if given is None else region.find(self, given[0])
+            if given is not None and bound is not None:
+                return bound.run(bound.modules, self, *given[1])
+        return original.forward(self, *args, **kwargs)
 
     names = parameters(original)
     attributes = {**disguise(original, _fused_class, original), "forward": forward}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dis
+import functools
 import re
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,14 @@ MARK = "\x00"
 _TOKEN = re.compile(f"({MARK}\\w+-*{MARK})")  # stands in a text for what a node formats
 _MAYBE_NONE = {"grad", "grad_fn", "_grad", "_grad_fn", "_base", "names", "_backward_hooks"}
 _ATTRIBUTES = frozenset(dir(Tensor)) - _MAYBE_NONE
+
+# What a forward may learn of the process or do to it, by the names that it calls.
+_PROCESS = {
+    "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_tracing", "is_compiling", "is_exporting",
+    "is_in_onnx_export", "is_initialized", "get_rank", "get_world_size", "all_reduce", "synchronize",
+}  # fmt: skip
+_HANDLERS = {"PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH"}  # Python 3.10 has the latter two
+_STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL"}
 
 
 class UntraceableError(Exception):
@@ -31,6 +41,32 @@ def is_torchs(name: object) -> bool:
 def is_users(frame: Any) -> bool:
     """Whether ``frame`` runs neither PyTorch's code nor ours."""
     return not str(frame.f_globals.get("__name__", "")).startswith(("torch.", "fusedres."))
+
+
+@functools.cache
+def traits(code: types.CodeType) -> tuple[str, bool]:
+    """Why a frame that runs ``code`` cannot be followed, and whether it asks if a variable is None.
+
+    Read from the bytecode is only what no proxy is told of, or what would be done before one is.
+    """
+    asked = _PROCESS.intersection(code.co_names)
+    reason = f"forward calls {min(asked)}" if asked else ""
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    asks = False
+    for before, last, step in zip([None, None, *steps], [None, *steps], steps, strict=False):
+        variable = last if step.opname.endswith(("IF_NONE", "IF_NOT_NONE")) else None
+        if step.opname in _HANDLERS:
+            reason = "forward has a context or an exception handler"
+        elif step.opname in _STORES:
+            reason = f"forward sets or deletes {step.argval!r}"
+        elif step.opname == "LOAD_GLOBAL" and step.argval in ("type", "id"):
+            reason = f"forward asks for the {step.argval}() of something"
+        elif step.opname == "IS_OP":
+            variable = before
+            if last is None or last.opname != "LOAD_CONST" or last.argval is not None:
+                reason = "forward asks whether two things are the same"
+        asks = asks or (variable is not None and variable.opname.startswith("LOAD_FAST"))
+    return reason, asks
 
 
 class Value(fx.Proxy):
@@ -58,7 +94,8 @@ class Value(fx.Proxy):
         frame = sys._getframe(1)
         for step in dis.get_instructions(frame.f_code):
             if step.offset == frame.f_lasti and step.opname == "UNPACK_SEQUENCE":
-                return iter([self[index] for index in range(step.argval)])
+                items: Any = self
+                return iter([items[index] for index in range(step.argval)])
         return self.tracer.iter(self)
 
     @property
@@ -102,6 +139,9 @@ for _name, _function in IN_PLACE_OPERATORS.items():
 
 class _Text(str):
     """A formatted value, which may be formatted once more: ``f"{value!s:>20}"``."""
+
+    tracer: Any
+    node: fx.Node
 
     def __new__(cls, value: Value, template: str) -> _Text:
         tracer = value.tracer

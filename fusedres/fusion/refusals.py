@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.fusion.derived import Derived, kind_of, original_class
+from fusedres.fusion.derived import kind_of, original_class
 from fusedres.fusion.foreign import is_timms
 from fusedres.fusion.proxies import is_torchs
 from fusedres.fusion.rewriting import Call
@@ -71,8 +71,6 @@ def root_refusal(module: nn.Module) -> str | None:
     """Why the forward of ``module`` cannot be rewritten, before anybody looks at it; hooks on it do not matter."""
     if type(module) in OWN_BLOCKS:
         return "it is fused by those who built it"
-    if isinstance(module, Derived) and original_class(module) is None:
-        return "it was wrapped after it was fused"
     if isinstance(module, fx.GraphModule):
         return "its forward is generated"
     return _own_forward(module) or (None if _is_users(module) else f"{type(module).__name__} is a wrapper of PyTorch's")

@@ -16,7 +16,7 @@ from fusedres.fusion.derived import kind_of
 from fusedres.fusion.foreign import TakenNorm
 from fusedres.fusion.matching import match
 from fusedres.fusion.options import Options
-from fusedres.fusion.proxies import UntraceableError, is_torchs
+from fusedres.fusion.proxies import UntraceableError
 from fusedres.fusion.refusals import OWN_BLOCKS, has_forward, layer_refusal, leaf_reason, root_refusal, sealed
 from fusedres.fusion.tracing import trace
 from fusedres.nn import OWN_NORMS
@@ -141,6 +141,6 @@ def _may_hold_layers(module: nn.Module) -> bool:
     """Whether ``module`` has a normalisation, or weights of its own for the functions of one."""
     return any(
         isinstance(part, (_BatchNorm, nn.LayerNorm, *OWN_BLOCKS))
-        or (part._parameters and not is_torchs(type(part).__module__))
+        or (part._parameters and not type(part).__module__.startswith("torch.nn.modules."))
         for part in module.modules()
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import dis
-import functools
 import logging
 import os
 import sys
@@ -24,17 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.fusion.aliasing import IN_PLACE_OPERATORS, Values, is_tensor
 from fusedres.fusion.derived import kind_of
-from fusedres.fusion.proxies import MARK, UntraceableError, Value, is_torchs, is_users, rebuilt
+from fusedres.fusion.proxies import MARK, UntraceableError, Value, is_torchs, is_users, rebuilt, traits
 from fusedres.fusion.state import Output, RandomState, State, one_at_a_time
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-# What a forward may learn of the process or do to it, by the names that it calls.
-_PROCESS = {
-    "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_tracing", "is_compiling", "is_exporting",
-    "is_in_onnx_export", "is_initialized", "get_rank", "get_world_size", "all_reduce", "synchronize",
-}  # fmt: skip
-_HANDLERS = {"PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH"}  # Python 3.10 has the latter two
-_STORES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL"}
 
 
 def trace(
@@ -75,32 +66,6 @@ def trace(
 def has_own_call(module: nn.Module) -> bool:
     """Whether calling ``module`` may be more than its forward and hooks."""
     return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
-
-
-@functools.cache
-def _traits(code: types.CodeType) -> tuple[str, bool]:
-    """Why a frame that runs ``code`` cannot be followed, and whether it asks if a variable is None.
-
-    Read from the bytecode is only what no proxy is told of, or what would be done before one is.
-    """
-    asked = _PROCESS.intersection(code.co_names)
-    reason = f"forward calls {min(asked)}" if asked else ""
-    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-    asks = False
-    for before, last, step in zip([None, None, *steps], [None, *steps], steps, strict=False):
-        variable = last if step.opname.endswith(("IF_NONE", "IF_NOT_NONE")) else None
-        if step.opname in _HANDLERS:
-            reason = "forward has a context or an exception handler"
-        elif step.opname in _STORES:
-            reason = f"forward sets or deletes {step.argval!r}"
-        elif step.opname == "LOAD_GLOBAL" and step.argval in ("type", "id"):
-            reason = f"forward asks for the {step.argval}() of something"
-        elif step.opname == "IS_OP":
-            variable = before
-            if last is None or last.opname != "LOAD_CONST" or last.argval is not None:
-                reason = "forward asks whether two things are the same"
-        asks = asks or (variable is not None and variable.opname.startswith("LOAD_FAST"))
-    return reason, asks
 
 
 class FlatTracer(fx.Tracer):
@@ -212,12 +177,12 @@ class FlatTracer(fx.Tracer):
             return former[1](logger, level)
 
         def training(module: nn.Module) -> bool:
-            mode = vars(module)["training"] if "training" in vars(module) else module.__getattr__("training")
+            mode: Any = vars(module)["training"] if "training" in vars(module) else module.__getattr__("training")
             if threading.get_ident() == self.thread and module in self.paths:
                 mode = self.training[self.paths[module]] = mode if self.mode is None else self.mode
             return mode
 
-        builtins.print, logging.Logger.isEnabledFor = show, refuse
+        builtins.print, logging.Logger.isEnabledFor = show, refuse  # pyright: ignore[reportAttributeAccessIssue]
         # In front of what the instances have; set, it is theirs.
         nn.Module.training = property(training, lambda module, mode: vars(module).update(training=mode))  # pyright: ignore
         try:
@@ -275,7 +240,7 @@ class FlatTracer(fx.Tracer):
             frame = frame.f_back
 
     def _check_code(self, code: types.CodeType) -> None:
-        reason, asks = _traits(code)
+        reason, asks = traits(code)
         if reason or (asks and self.unknown):
             raise UntraceableError(reason or "forward asks whether a value is None that may be")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def network() -> nn.Module:
     return zoo.randomise(models.resnet18(num_classes=3, width=8))
 
 
-def pair() -> tuple[nn.Module, nn.Module]:
+def pair() -> tuple[Any, Any]:
     """Fused, and eager."""
     model = network()
     return fuse(copy.deepcopy(model)), model

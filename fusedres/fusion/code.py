@@ -18,6 +18,7 @@ from fusedres.fusion.derived import kind_of
 from fusedres.fusion.rewriting import Call
 from fusedres.fusion.tracing import FlatTracer
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _serial = itertools.count()
 
 
@@ -87,6 +88,7 @@ class Bound:
         inlined = [found[part.path] for part in code.inlined]
         watched = dict.fromkeys([*inlined[1:], *(found[part.path] for part in code.layers)])
         self.watched = [(module, type(module), vars(module)) for module in watched]
+        self.hooks = [vars(module)[name] for module in watched for name in _HOOKS]
         self.parents = [(m._modules, [*m._modules.values()]) for m in inlined if m._modules]
         tensors = [names for module in inlined for names in (module._parameters, module._buffers) if names]
         self.tensors = [(names, [tensor is None for tensor in names.values()]) for names in tensors]
@@ -102,12 +104,10 @@ class Bound:
         for module, mode in self.modes:
             if module.training is not mode:
                 return False
+        if any(self.hooks):
+            return False
         for module, kind, names in self.watched:
-            if names["_forward_hooks"] or names["_forward_pre_hooks"] or names["_backward_hooks"]:
-                return False
-            if names["_backward_pre_hooks"] or "forward" in names or "_compiled_call_impl" in names:
-                return False
-            if type(module) is not kind:
+            if type(module) is not kind or "forward" in names or "_compiled_call_impl" in names:
                 return False
         for parent, children in self.parents:
             if len(parent) != len(children):

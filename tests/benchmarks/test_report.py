@@ -63,7 +63,7 @@ EVERY_SUITE = [
 ]  # fmt: skip
 ROWS = dict(sorted(((device, rows[0].suite), rows) for device, rows in EVERY_SUITE))
 SAID = (
-    "1.50", "0.50 (0.45–0.55)", "1 of 2 slower", "1 WRONG", "1 OOM", "| 1.25 ms | 1.30 |",
+    "1.50", "0.50 (0.45–0.55)", "1 of 2 slower", "1 WRONG", "1 OOM",
     "3 of 3 (eager 5, inductor 3.5)", "| 12.5 |", "200 (_kernel)", "| 200, 16 B, 50% |", "50% (_kernel)",
     "| eager channels-last | 200 | 100.0% |\n", "| fusedres, whole network | 103 | 51.5% |",
     "| 12 | 50% |", "| 7 | 3 |", "| 0.5000 |", "These are byte counts, not times",

@@ -8,6 +8,7 @@ from benchmarks.extras import need
 
 if __name__ == "__main__":  # not in workers, which may interpret kernels
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes about itself otherwise
     need("torch", "numpy", "rich")
 
 import argparse
@@ -24,7 +25,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks import providers, results
 from benchmarks.environment import resolve_device
 from benchmarks.errors import BenchmarkError, fail
-from benchmarks.reporting import preferences
 from benchmarks.suite import Case, Request, drive
 from benchmarks.suites import ALL, SUITES
 from benchmarks.workloads import DTYPES
@@ -58,14 +58,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     lines = [f"  {suite.name:14} {suite.summary}" for suite in SUITES.values()]
     lines += ["  report         plots and a page of everything, from the rows of --output"]
-    lines += ["  prefer         the package's table of where PyTorch's own kernels are faster, from a GPU's rows"]
     lines += [f"  all            {', '.join(ALL)}, report: the default"]
     parser = _Parser(
         prog="python -m benchmarks", description=__doc__, epilog="suites:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     several = {"action": "append", "default": None}
-    choices = [*SUITES, "report", "prefer", "all"]
+    choices = [*SUITES, "report", "all"]
     parser.add_argument("suite", nargs="?", default="all", choices=choices, metavar="SUITE")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     parser.add_argument("--provider", **several, help=f"repeatable; one of: {', '.join(providers.PROVIDERS)}")
@@ -87,11 +86,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> bool:
     if arguments.publish and arguments.suite != "report":
         raise BenchmarkError("--publish goes with report; run: python -m benchmarks report --publish")
-    if arguments.suite == "prefer":
-        for device, found in preferences.write(arguments.output).items():
-            sizes = [speed for points in found["speed"].values() for *_, speed in points]
-            CONSOLE.print(f"{device}: PyTorch's own at {sum(s < 1 for s in sizes)} of {len(sizes)} sizes")
-        return True
     drawn = arguments.suite in ("all", "report")
     if arguments.suite == "train":
         need("sklearn", extra="train")

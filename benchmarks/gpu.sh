@@ -13,7 +13,7 @@ total=${GPU_SH_SECONDS:-510} # the last stage may take 8 more to end, and the su
 # Most valuable first, with each stage's share of the time; what one leaves goes to those behind it.
 stages=(
     sanity:40 models:170 kernels:40 mlp:20 compiled:115 bits:50 memcheck:25 racecheck:25 initcheck:25
-    memory:10 probe:60 full-kernels:100 full-models:100 full-mlp:60 compile-study:60 max-autotune:100 tests:120
+    memory:10 full-kernels:100 full-models:100 full-mlp:60 compile-study:60 max-autotune:100 tests:120
 )
 asked=("${@:2}")
 ((${#asked[@]})) || asked=("${stages[@]:0:9}") && asked=("${asked[@]%:*}")

@@ -147,9 +147,8 @@ def _case(row: Row) -> str:
 def _dots(chart: Chart, rows: Sequence[Row]) -> Figure:
     names = list(dict.fromkeys(row.provider for row in rows))
     names.sort(key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES))
-    over = "cuDNN between separate kernels" if rows[0].suite == "probe" else "eager"
     styles = {name: STYLES.get(name, OTHERS[place % len(OTHERS)]) for place, name in enumerate(names)}
-    figure, panels = _frame(rows, f"{chart.label.format(over)}, {rows[0].dtype}", 0.14 + 0.06 * len(names))
+    figure, panels = _frame(rows, f"{chart.label.format('eager')}, {rows[0].dtype}", 0.14 + 0.06 * len(names))
     for mode, (panel, cases) in panels.items():
         for place, name in enumerate(names):
             chosen = [row for row in rows if (row.mode, row.provider) == (mode, name)]

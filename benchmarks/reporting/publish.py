@@ -10,7 +10,7 @@ from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.errors import BenchmarkError
 from benchmarks.reporting import counts, headline, page, plots, timings
-from benchmarks.reporting.markdown import CASE, Column, case, cell, fold, listing, pivot, speed, spread, table, where
+from benchmarks.reporting.markdown import Column, cell, fold, listing, table, where
 from benchmarks.reporting.report import Report, Rows, load
 from benchmarks.results import Row
 from benchmarks.suites import SUITES
@@ -125,7 +125,6 @@ def render(rows: Rows, plotted: Collection[str], link: Path = LINK) -> str:
     said = f"Not measured: {', '.join(missing) or 'no suite'}.{where_not}\n" if missing or where_not else ""
     parts = [
         timings.gpu(report),
-        report.section("probe", "1×1 convolutions", _probe),
         counts.traffic(report),
         report.section("network", "Whole training step", _moved),
         counts.codegen(report),
@@ -147,17 +146,6 @@ def _moved(rows: Sequence[Row]) -> str:
         "operators, kernels in Triton's interpreter, and of `torch.compile` Inductor's schedule for a CPU. Variants\n"
         "of the fused step switch fusions off, for ablation. These are byte counts, not times.\n\n"
         + listing(ordered, MOVED, empty="")
-    )
-
-
-def _probe(rows: Sequence[Row]) -> str:
-    """A line an epilogue and prologue to see, every convolution to open."""
-    modes = pivot(rows, ("mode", "dtype"), lambda row: (row.mode, row.dtype), spread)
-    cases = pivot(rows, CASE, case, speed)
-    return (
-        "Speed of a Triton GEMM, which computes statistics and normalises its input on the way, over cuDNN's\n"
-        "convolution between kernels: the median over the convolutions of ResNet-50, the slowest and the fastest one.\n"
-        f"\n{modes}\n{fold(cases, 'by convolution', 0)}"
     )
 
 

@@ -14,7 +14,6 @@ from rich.table import Table
 from benchmarks import results
 from benchmarks.errors import BenchmarkError, fail
 from benchmarks.results import Row
-from benchmarks.suites import probe
 
 WIDTH, WORKLOADS = 150, 15
 SUITES = ("models", "mlp", "kernels")  # in the order of interest
@@ -24,7 +23,7 @@ Group = tuple[str, str, str, str]  # suite, workload without its size, dtype, wh
 
 
 def main(folder: Path, console: Console) -> None:
-    """Print what was measured on, the counts, the speedups and the probe's verdicts: at most 43 lines of 150 columns.
+    """Print what was measured on, the counts and the speedups: at most 43 lines of 150 columns.
 
     Raises:
         BenchmarkError: a file of the folder that does not hold rows.
@@ -36,7 +35,6 @@ def main(folder: Path, console: Console) -> None:
     _machine(rows, console)
     _counts(rows, console)
     _speedups([row for row in rows if row.suite in SUITES], console)
-    _probe([row for row in rows if row.suite == probe.NAME and row.dtype == "bfloat16"], console)
 
 
 def _line(console: Console, text: str) -> None:
@@ -97,21 +95,6 @@ def _mean(ratios: Sequence[float]) -> str:
         return "-"
     spread = f" ({min(ratios):.2f}-{max(ratios):.2f}, {len(ratios)} sizes)" if len(ratios) > 1 else ""
     return f"{geometric_mean(ratios):.2f}{spread}"
-
-
-def _probe(rows: Sequence[Row], console: Console) -> None:
-    """The probe's decisions, without their intervals and with the batch sizes side by side."""
-    batches = sorted({row.shape[0] for row in rows}, reverse=True)[:2]
-    lines: dict[str, dict[int, list[str]]] = defaultdict(dict)
-    for batch in batches:
-        for name, cells in probe.decisions([row for row in rows if row.shape[0] == batch]):
-            lines[name.removesuffix(f", {batch}, bfloat16")][batch] = [cell.split(" ")[0] for cell in cells]
-    if not lines:
-        return
-    table = _table("1x1, Triton over cuDNN", *(f"{batch}: {mode}" for batch in batches for mode in probe.MODES))
-    for name, cells in lines.items():
-        table.add_row(name, *(cell for batch in batches for cell in cells.get(batch, ["-"] * len(probe.MODES))))
-    console.print(table)
 
 
 def _table(*header: str) -> Table:

@@ -27,10 +27,10 @@ from benchmarks.timing import STEPS, Batch, Step
 from benchmarks.workers import variables
 from benchmarks.workloads import DTYPES, TIMED, Workload, workloads
 
-MODEL_SECONDS, LAYER_SECONDS = {"cuda": 5.0, "cpu": 2.5}, 0.5  # of timed rounds, for each case and mode
+MODEL_SECONDS, LAYER_SECONDS = {"cuda": 5.0, "cpu": 2.0}, 0.5  # of timed rounds, for each case and mode
 WARM_UP = 0.2  # of those seconds
 TIMED_INPUTS = 2  # of a check at the timed size, which is large: float64 takes its time
-MIN_ROUNDS, MAX_ROUNDS = 20, 200
+MIN_ROUNDS, MAX_ROUNDS = {"cuda": 20, "cpu": 12}, 200
 # A frame is compiled anew for each provider, mode and size. Beyond the limit, Dynamo would run the model eagerly and
 # say so in a warning alone: such a provider has failed.
 DYNAMO = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
@@ -106,7 +106,6 @@ def run(request: Request, cases: Sequence[Timed]) -> Iterator[Row]:
             # Without caches the first step shows the compile time.
             caches = torch.compiler.config.patch(force_disable_caches=True)  # pyright: ignore[reportAttributeAccessIssue]
             limits = torch._dynamo.config.patch(DYNAMO)  # pyright: ignore[reportAttributeAccessIssue]
-            # What kernels are compared by, the table of preferences is derived from: no size may be left to eager.
             kernels = request.device.type == "cuda" and case.suite == "kernels"
             with caches, limits, variables({"FUSEDRES_BACKEND": "triton"} if kernels else {}):
                 yield from measurement.rows(case.without(request.there))
@@ -206,7 +205,7 @@ class _Measurement:
             return {}
         layer, limit = self.workload.layer, LAYER_SECONDS if self.workload.layer else MODEL_SECONDS[self.device.type]
         round_seconds = timing.warm_up(steps, self.device, WARM_UP * limit)
-        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(limit / max(round_seconds, 1e-9))))
+        rounds = max(MIN_ROUNDS[self.device.type], min(MAX_ROUNDS, int(limit / max(round_seconds, 1e-9))))
         replayed = {p.name for p in case.providers if p.replays}
         peaks = {n: None if n in replayed else timing.peak_memory_mib(s, self.device) for n, s in steps.items()}
         hosts = {name: timing.host_microseconds(step, self.device) if layer else None for name, step in steps.items()}

@@ -25,16 +25,16 @@ from benchmarks import providers, results, workloads
 from benchmarks.reporting import summary
 from benchmarks.results import Row
 from benchmarks.suite import Request
-from benchmarks.suites import SUITES, probe
+from benchmarks.suites import SUITES
 from tests.kernels import test_sanitize
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 CHECKS = ["memcheck", "racecheck", "initcheck"]
-MEASURED = ["kernels", "mlp", "models", "memory", "probe", "compile-study"]
+MEASURED = ["kernels", "mlp", "models", "memory", "compile-study"]
 STAGES = ["sanity", "models", "kernels", "mlp", "compiled", "bits", *CHECKS]
 FULL = ["full-kernels", "full-models", "full-mlp"]
-NAMED = ["memory", "probe", *FULL, "compile-study", "max-autotune", "tests"]  # they run where they are named
+NAMED = ["memory", *FULL, "compile-study", "max-autotune", "tests"]  # they run where they are named
 PYTHON = f"""#!{sys.executable} -IS
 import json, os, shutil, sys, time
 from pathlib import Path
@@ -125,15 +125,7 @@ def rows(suite: str) -> list[Row]:
         "copy_gb_s": 2900.0, "matmul_tflop_s": 700.0,
     }  # fmt: skip
     made = []
-    if suite == "probe":
-        for of in probe.convolutions():
-            for batch in probe.BATCHES:
-                for row in probe.Probed(of, batch, "bfloat16").rows("ok"):
-                    row.figures = {"ms": 0.1, "count": float(of.count)}
-                    if row.provider == probe.TRITON:
-                        row.figures |= {"speedup": 0.93, "speedup_low": 0.9, "speedup_high": 0.95}
-                    made.append(row)
-    elif suite in summary.SUITES:
+    if suite in summary.SUITES:
         for number in range(12):
             for mode in summary.MODES:
                 for provider, ms in (("eager channels-last", 3.0), ("torch.compile", 2.0), ("fusedres", 1.5)):
@@ -170,7 +162,7 @@ def test_everything(stub, tmp_path, monkeypatch, capsys):
     assert told == (done.out / "summary.txt").read_text()
     lines = told.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 150 and len(told) < 12_000
-    assert "1024→2048 /2 14x14" in told and "0.93" in told and "copy 2900.0 GB/s" in told
+    assert "copy 2900.0 GB/s" in told
     assert "2.00 (2.00-2.00, 2 sizes)  1.33 (1.33-1.33, 2 sizes)" in told and "1 WRONG" in told
     assert "…" not in told
 
@@ -213,7 +205,7 @@ def test_commands_are_understood(stub):
     assert launches < bits and len(bits) < 100 and not any("oracle" in name or "compiled" in name for name in bits)
     for kind in ("bit_for_bit", "stream", "graph"):
         found = {name.split("::")[0] for name in bits if kind in name}
-        assert len(found) >= 3, f"{kind}: {found}"
+        assert len(found) >= 2, f"{kind}: {found}"
     assert (bits - launches) | sanity < tests and len(tests) < 500
     assert any("test_gpu_compile.py" in name for name in tests)
 
@@ -237,9 +229,9 @@ def collected(arguments: Sequence[str]) -> set[str]:
 
 
 def test_a_failing_stage(stub):
-    done = stub("bits", "probe", "memcheck", STUB_FAIL="pytest -p", STUB_SUMMARY="ERROR SUMMARY: 0 errors")
+    done = stub("bits", "memory", "memcheck", STUB_FAIL="pytest -p", STUB_SUMMARY="ERROR SUMMARY: 0 errors")
     assert done.status == 1
-    assert done.verdicts == {"bits": "failed (3)", "memcheck": "ok", "probe": "ok"}
+    assert done.verdicts == {"bits": "failed (3)", "memcheck": "ok", "memory": "ok"}
 
 
 def test_a_stage_that_hangs(stub):
@@ -273,8 +265,8 @@ def test_what_the_sanitizer_says(stub, environment, verdict):
 
 def test_no_sanitizer(stub, tmp_path):
     (tmp_path / "bin" / "compute-sanitizer").unlink()
-    done = stub("memcheck", "probe")
-    assert done.status == 1 and done.verdicts == {"memcheck": "not run", "probe": "ok"}
+    done = stub("memcheck", "memory")
+    assert done.status == 1 and done.verdicts == {"memcheck": "not run", "memory": "ok"}
 
 
 def test_no_xdist(stub):

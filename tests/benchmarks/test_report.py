@@ -52,8 +52,6 @@ LOSSES = {"ok": True, "losses": [2.0, 1.0, 0.5]}
 EVERY_SUITE = [
     ("a-gpu", [timed(1.5), timed(0.5, workload="slow"), timed(1.0, "eager", workload="slow"),
                timed(None, workload="large", status="OOM"), timed(None, workload="wrong", status="WRONG")]),
-    ("a-gpu", [row("probe", "64→256", "cuDNN", figures={"ms": 1.25}),
-               row("probe", "64→256", "Triton", figures={"speedup": 1.3})]),
     ("cpu", [row("traffic", mode=mode, figures=dict(TRAFFIC)) for mode in ("forward", "backward")]),
     ("cpu", [row("network", provider=name, figures={"moved_mib": moved, "eager_share": moved / 200})
              for name, moved in (("fusedres, whole network", 103.0), ("eager channels-last", 200.0))]),
@@ -65,7 +63,7 @@ EVERY_SUITE = [
 ]  # fmt: skip
 ROWS = dict(sorted(((device, rows[0].suite), rows) for device, rows in EVERY_SUITE))
 SAID = (
-    "1.50", "0.50 (0.45–0.55)", "1 of 2 slower", "1 WRONG", "1 OOM", "| 1.25 ms | 1.30 |",
+    "1.50", "0.50 (0.45–0.55)", "1 of 2 slower", "1 WRONG", "1 OOM",
     "3 of 3 (eager 5, inductor 3.5)", "| 12.5 |", "200 (_kernel)", "| 200, 16 B, 50% |", "50% (_kernel)",
     "| eager channels-last | 200 | 100.0% |\n", "| fusedres, whole network | 103 | 51.5% |",
     "| 12 | 50% |", "| 7 | 3 |", "| 0.5000 |", "These are byte counts, not times",
@@ -206,7 +204,7 @@ def test_the_same_rows_give_the_same_bytes(folder: Path, files: dict[str, bytes]
 def test_plots_are_light_on_any_page_and_name_their_rows(files: dict[str, bytes]) -> None:
     drawn = {name: content for name, content in files.items() if name not in (publish.PAGE, page.HEADLINE)}
     assert list(drawn) == [
-        "a-gpu/kernels-speed-float32.svg", "a-gpu/probe-speed-float32.svg", "cpu/memory-saved-float32.svg",
+        "a-gpu/kernels-speed-float32.svg", "cpu/memory-saved-float32.svg",
         "cpu/traffic-passes.svg", "cpu/train-curves.svg",
     ]  # fmt: skip
     for name, content in drawn.items():

@@ -42,7 +42,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
     monkeypatch.setattr(timed, "MODEL_SECONDS", {"cuda": 0.0, "cpu": 0.0})
     monkeypatch.setattr(timed, "LAYER_SECONDS", 0.0)
-    monkeypatch.setattr(timed, "MIN_ROUNDS", 3)
+    monkeypatch.setattr(timed, "MIN_ROUNDS", {"cpu": 3})
 
 
 def measure(workload: Workload, *chosen: Provider, request: Request = REQUEST) -> list[Row]:

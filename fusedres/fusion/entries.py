@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedres.fusion.convert import is_taken
 from fusedres.fusion.derived import kind_of
-from fusedres.fusion.foreign import timms_pattern, is_timms
+from fusedres.fusion.foreign import is_timms, timms_pattern
 from fusedres.fusion.install import FusedRegion
 from fusedres.fusion.options import FUSIONS, Options
 from fusedres.fusion.refusals import OWN_BLOCKS, original_classes, own_call, sealed, walk

@@ -132,12 +132,12 @@ def assert_like_eager(seed: int) -> bool:
         assert before.keys() == after.keys(), f"seed {seed}: {before.keys() ^ after.keys()}\n{source_of(seed)}"
         for name, value in before.items():
             torch.testing.assert_close(
-                after[name], value, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}, seed {seed}: {m}\n{source_of(seed)}"
+                after[name], value, rtol=1e-8, atol=1e-8, msg=f"{name}, {seed}: {source_of(seed)}"
             )
     return True
 
 
-@pytest.mark.parametrize("first", range(0, 300, 100))
+@pytest.mark.parametrize("first", [0, pytest.param(100, marks=pytest.mark.slow)])
 def test_random_forwards(first):
-    ran = sum(assert_like_eager(seed) for seed in range(first, first + 100))
-    assert ran > 40
+    seeds = range(first, 100 if first == 0 else 2000)
+    assert sum(assert_like_eager(seed) for seed in seeds) > 0.4 * len(seeds)

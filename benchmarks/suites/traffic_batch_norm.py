@@ -97,7 +97,7 @@ class Case(NamedTuple):
     def fused(self, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:
         given = tensors | {name: tensors[name].clone() for name in ("running_mean", "running_var")}
         if self.forked:
-            norm = functional.BatchNormState(*(given[name] for name in VECTORS), training=training)
+            norm = functional.Norm(*(given[name] for name in VECTORS), training=training)
             return functional.forked_batch_norm_act(given["input"], norm, residual=given["residual"], act="relu")
         outputs = getattr(functional, self.workload.split()[0])(**given, training=training, act="relu")
         return (outputs,) if isinstance(outputs, Tensor) else outputs

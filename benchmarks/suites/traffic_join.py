@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
     def fused(self, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:
         norms = [
-            functional.BatchNormState(
+            functional.Norm(
                 *(tensors[prefix + name].clone() if "running" in name else tensors[prefix + name] for name in NORM),
                 training=training,
             )

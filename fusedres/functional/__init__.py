@@ -25,8 +25,6 @@ from fusedres.ops import refusal as refusal
 from fusedres.ops import takes_reference as takes_reference
 from fusedres.reference import Extent as Extent  # for nn
 
-BatchNormState = Norm  # what fusion calls it
-
 __all__ = [
     "add_batch_norm_act",
     "add_batch_norm_act_conv2d",

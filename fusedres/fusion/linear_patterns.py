@@ -117,10 +117,10 @@ class LinearRewriter(Rewriter):
         """The Linear that ``norm`` reads and is folded with it, or why there is none; ``""`` where none is near."""
         source = self._source(norm.input)
         linear = self._linear(source)
-        if source is None or linear is None:
-            near = (
-                source is not None and self._is_apart(source) and self._linear(self._source(source.all_input_nodes[0]))
-            )
+        if source is None:
+            return None, ""
+        if linear is None:
+            near = self._is_apart(source) and self._linear(self._source(source.all_input_nodes[0]))
             return None, f"{self._name(source)} is between it and the Linear in front of it" if near else ""
         if self.chain(source).reader is not norm.node:
             return None, f"the output of the Linear {linear.name} is used more than once"

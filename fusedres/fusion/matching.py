@@ -31,8 +31,9 @@ def match(root: nn.Module, graph: fx.Graph, refusal: Callable[[nn.Module], str |
     before = len(graph.nodes)
     rows: list[fx.Node | Call] = []
     for node in graph.nodes:
-        if isinstance(values.module(node), _BatchNorm):
-            reason = refusal(values.module(node)) or _odd_arguments(values.module(node), node)
+        module = values.module(node)
+        if isinstance(module, _BatchNorm):
+            reason = refusal(module) or _odd_arguments(module, node)
             rows.append(Call(str(node.target), "bn", reason) if reason else node)
     norms = [node for node in rows if isinstance(node, fx.Node)]
     for node in norms:
@@ -63,7 +64,7 @@ def _odd_arguments(module: nn.Module, node: fx.Node) -> str | None:
 
 def _lower(values: Values, node: fx.Node) -> Call:
     """Call functions of :mod:`fusedres.fusion.runtime` for what is folded; the row of ``node``."""
-    module, given = values.module(node), dict(node.kwargs)
+    module, given = values.modules[str(node.target)], dict[str, Any](node.kwargs)
     own = timms_pattern(module)[0] if is_timms(module) else "bn_act" if getattr(module, "act", None) else "bn"
     acts = given["act"] is not None if "act" in given else own == "bn_act"
     added = "_add_bn" if "other" in given else "_add" if given.get("residual") is not None else ""

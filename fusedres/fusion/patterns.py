@@ -35,7 +35,7 @@ class BatchNormRewriter(Rewriter):
                 norm.meta["reason"] = self._fold(norm) or ""
 
     def _fold(self, norm: fx.Node) -> str | None:
-        module = self.values.module(norm)
+        module = self.values.modules[str(norm.target)]
         if is_timms(module) and timms_pattern(module) != ("bn", ""):
             return timms_pattern(module)[1]
         if norm.kwargs or (getattr(module, "act", None) is not None and isinstance(module, BatchNormAct2d)):
@@ -54,15 +54,15 @@ class BatchNormRewriter(Rewriter):
         norm.kwargs = {"act": "relu"}
         tail = self.chain(act)
         between = [*chain.nodes[1:], *tail.nodes]
-        window = max_pool_arguments(self.values, tail.reader) if self.options.allows("stem") else None
-        pools = tail.reader is not None and window is not None
-        recomputes = tail.reader is not None and self.options.save == "recompute" and self._is_conv(tail.reader)
-        if (pools or recomputes) and self._can_wait(norm, tail.reader):
-            module = self.values.module(tail.reader)
+        reader = tail.reader
+        window = max_pool_arguments(self.values, reader) if reader is not None and self.options.allows("stem") else None
+        pools = window is not None
+        recomputes = reader is not None and self.options.save == "recompute" and self._is_conv(reader)
+        if reader is not None and (pools or recomputes) and self._can_wait(norm, reader):
             norm.meta["window"] = window
-            operand = window if module is None else str(tail.reader.target)
+            operand = window if self.values.module(reader) is None else str(reader.target)
             norm.kwargs = {"act": "relu", "pool" if pools else "conv": operand}
-            self._move(norm, between, [tail.reader])
+            self._move(norm, between, [reader])
             return None if pools else "computed again in the backward"
         self.replace([*chain.nodes[1:], act], norm)
         return None
@@ -122,15 +122,17 @@ class BatchNormRewriter(Rewriter):
 
     def _move(self, norm: fx.Node, gone: list[fx.Node], result: list[fx.Node]) -> None:
         """Let ``norm`` run where ``result`` begins, in its place; metadata that is read before is its input's."""
-        between = [norm, *gone]
+        input, between = norm.all_input_nodes[0], [norm, *gone]
         for node in between:
-            node.replace_all_uses_with(norm.args[0], delete_user_cb=lambda user: user not in (*between, *result))
+            node.replace_all_uses_with(
+                norm.all_input_nodes[0], delete_user_cb=lambda user: user not in (*between, *result)
+            )
         result[0].prepend(norm)
         self.replace([*gone, *result], norm)
 
     def _can_wait(self, norm: fx.Node, until: fx.Node) -> bool:
         """Whether ``norm`` can run at ``until``: same input, same order of updates of its statistics."""
-        still = not self.values.may_change_between(norm.args[0], norm, until)
+        still = not self.values.may_change_between(norm.all_input_nodes[0], norm, until)
         return still and self.values.may_move(norm, norm, until)
 
     def _is_conv(self, node: fx.Node) -> bool:
@@ -143,14 +145,14 @@ class BatchNormRewriter(Rewriter):
         return conv.padding_mode == "zeros" and not uneven  # others read a padded copy
 
 
-def max_pool_arguments(values: Values, node: fx.Node | None) -> tuple[Any, ...] | None:
+def max_pool_arguments(values: Values, node: fx.Node) -> tuple[Any, ...] | None:
     """Kernel size, stride, padding, dilation and ceil_mode, where ``node`` is a maximum pooling without indices."""
-    module = None if node is None else values.module(node)
+    module = values.module(node)
     if is_standard(module, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs:
         assert isinstance(module, nn.MaxPool2d)
         shape = module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
         return None if module.return_indices else shape
-    if node is None or node.op != "call_function" or node.target not in (F.max_pool2d, torch.max_pool2d):
+    if node.op != "call_function" or node.target not in (F.max_pool2d, torch.max_pool2d):
         return None
     names = {"input": None, "kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
     given = names | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fusedres.functional import (
-    BatchNormState,
+    Norm,
     add_normalise,
     autocasts,
     batch_norm_act_conv2d,
@@ -30,7 +30,7 @@ from fusedres.fusion.foreign import computes_one_norm, is_timms, timms_act
 from fusedres.nn import BatchNormAct2d, batch_norm_state
 
 # A layer is a module, whose tensors are read at each call, or what its function takes after the input.
-BatchNorm: TypeAlias = "BatchNormAct2d | BatchNormState"
+BatchNorm: TypeAlias = "nn.BatchNorm2d | Norm"
 Linear: TypeAlias = "nn.Linear | tuple[Tensor, Tensor | None]"
 LayerNorm: TypeAlias = "nn.LayerNorm | tuple[Sequence[int], Tensor | None, Tensor | None, float]"
 MaxPool: TypeAlias = "nn.MaxPool2d | tuple[Any, ...]"  # kernel_size, stride, padding, dilation, ceil_mode
@@ -38,9 +38,9 @@ FORK, POOL = "fork", "pool"  # how a value ends, see norm_act()
 OWN_ACT = "own"  # the activation of the BatchNormAct2d that is called
 
 
-def batch_norm(input: Tensor, norm: BatchNormState, act: str | None = None, residual: Tensor | None = None) -> Tensor:
+def batch_norm(input: Tensor, norm: Norm, act: str | None = None, residual: Tensor | None = None) -> Tensor:
     """``act(norm(input) + residual)`` in one operation."""
-    return normalise(input, BatchNormState(*norm), residual, act)
+    return normalise(input, Norm(*norm), residual, act)
 
 
 def norm_act(
@@ -132,7 +132,7 @@ def add_norm(norm: BatchNorm, input: Any, residual: Any, in_place: bool, act: st
     return input, _normalise(norm, input, None, act)
 
 
-def _is_single(norm: nn.BatchNorm2d | BatchNormState) -> bool:
+def _is_single(norm: nn.BatchNorm2d | Norm) -> bool:
     vectors = norm[:4] if isinstance(norm, tuple) else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return all(vector is None or vector.dtype == torch.float32 for vector in vectors)
 
@@ -185,19 +185,21 @@ def is_plain(tensor: Tensor) -> bool:
 
 def _is_plain(norm: BatchNorm) -> bool:
     """Whether the functions that span more than one layer take it; one that ranks share is on its own."""
-    return (
-        isinstance(norm, tuple) or type(norm) is BatchNormAct2d or (computes_one_norm(norm) and timms_act(norm) is None)
-    )
+    if isinstance(norm, tuple) or type(norm) is BatchNormAct2d:
+        return True
+    return computes_one_norm(norm) and timms_act(norm) is None
 
 
-def _state(norm: BatchNorm, input: Tensor) -> BatchNormState:
-    return BatchNormState(*norm) if isinstance(norm, tuple) else batch_norm_state(norm, input)
+def _state(norm: BatchNorm, input: Tensor) -> Norm:
+    return Norm(*norm) if isinstance(norm, tuple) else batch_norm_state(norm, input)
 
 
 def _act(norm: BatchNorm, act: str | None) -> str | None:
     if act != OWN_ACT:
         return act
-    return norm.act if isinstance(norm, BatchNormAct2d) else timms_act(norm) if is_timms(norm) else None
+    if isinstance(norm, BatchNormAct2d):
+        return norm.act
+    return timms_act(norm) if is_timms(norm) else None  # pyright: ignore[reportArgumentType]
 
 
 def _end(out: Tensor, ends: str | None) -> Any:
@@ -208,7 +210,7 @@ def _end(out: Tensor, ends: str | None) -> Any:
 
 def _normalise(norm: BatchNorm, input: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
     """``act(norm(input) + residual)`` by the layer's own function."""
-    if _is_plain(norm):
+    if isinstance(norm, tuple) or _is_plain(norm):
         return normalise(input, _state(norm, input), residual, _act(norm, act))
     if is_timms(norm):
         out = norm(input) if residual is None else norm(input) + residual

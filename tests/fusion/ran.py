@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import fusedres
 from fusedres import reference
-from fusedres.functional import BatchNormState
+from fusedres.functional import Norm
 
 Rows = Counter[tuple[str, str, str]]  # module, pattern, path
 
@@ -57,7 +57,7 @@ def ran(model: nn.Module) -> Iterator[Rows]:
     def recorded(function: Callable[..., Any], first: int, pattern: Callable[[dict[str, Any]], str], path: str) -> Any:
         def record(*args: Any, **kwargs: Any) -> Any:
             given = [*args[first:], *kwargs.values()]
-            given += [item for state in given if isinstance(state, BatchNormState) for item in state]
+            given += [item for state in given if isinstance(state, Norm) for item in state]
             tensors = [arg for arg in given if isinstance(arg, Tensor)]
             if not inside:
                 rows[next(names[t.data_ptr()] for t in tensors if t.data_ptr() in names), pattern(kwargs), path] += 1

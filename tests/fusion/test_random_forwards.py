@@ -108,7 +108,8 @@ def run(net: nn.Module, seed: int) -> dict[str, Tensor] | None:
     net.zero_grad()
     try:
         outs = net(x)
-        loss = sum((out * torch.randn(out.shape, dtype=out.dtype, generator=generator)).sum() for out in outs)
+        products = [out * torch.randn(out.shape, dtype=out.dtype, generator=generator) for out in outs]
+        loss = torch.stack([product.sum() for product in products]).sum()
         if loss.requires_grad:
             loss.backward()
     except RuntimeError:

@@ -124,9 +124,7 @@ class BatchNormRewriter(Rewriter):
         """Let ``norm`` run where ``result`` begins, in its place; metadata that is read before is its input's."""
         input, between = norm.all_input_nodes[0], [norm, *gone]
         for node in between:
-            node.replace_all_uses_with(
-                norm.all_input_nodes[0], delete_user_cb=lambda user: user not in (*between, *result)
-            )
+            node.replace_all_uses_with(input, delete_user_cb=lambda user: user not in (*between, *result))
         result[0].prepend(norm)
         self.replace([*gone, *result], norm)
 

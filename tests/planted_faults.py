@@ -181,17 +181,26 @@ FAULTS = [
     ),
     Fault(
         "a layer with hooks is fused",
-        "fusedres/fusion/plan.py",
-        'return reason or ("it has hooks" if is_hooked(module) else None)',
-        "return reason",
+        "fusedres/fusion/refusals.py",
+        """    if is_hooked(layer):
+        return "it has hooks"
+""",
+        "",
         ["tests/fusion/test_fuse_changes.py", "-k", "hook"],
     ),
     Fault(
         "hooks put on later are not noticed",
-        "fusedres/fusion/runtime.py",
-        "for module in norms + modules:",
-        "for module in ():",
+        "fusedres/fusion/code.py",
+        "if any(self.hooks):",
+        "if any(()):",
         ["tests/fusion/test_fuse_changes.py", "-k", "hook"],
+    ),
+    Fault(
+        "a value that is changed in place is read later",
+        "fusedres/fusion/aliasing.py",
+        "self.mutates(node) and any(storage",
+        "False and any(storage",
+        ["tests/fusion/test_random_forwards.py"],
     ),
     Fault(
         "the reference takes a maximum for the average",

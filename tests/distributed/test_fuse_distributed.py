@@ -124,7 +124,9 @@ def test_fsdp_of_linear_layers(group, build, fused_first):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert counts(model if fused_first else fusedres.fuse(model))
-    with mock.patch.object(runtime, "_layer", side_effect=AssertionError("not fused")) if fused_first else nullcontext():
+    with (
+        mock.patch.object(runtime, "_layer", side_effect=AssertionError("not fused")) if fused_first else nullcontext()
+    ):
         assert_same_gradients(model, reference, rows())
 
 

@@ -1,0 +1,190 @@
+"""Each case of watched.py against an eager twin: outputs, loss, gradients, buffers, and what hooks saw."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import fusedres
+from fusedres import models
+from tests import zoo, zoo_public
+from tests.fusion.ran import FUNCTIONS
+from tests.fusion.trained import FORMATS, Decided, recorded_layers
+from tests.fusion.watched import CASES, Case, Log, example
+from tests.oracle import assert_network_as_good_as_eager
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"),
+]
+# Stem, projections, identities and head; and sums that pass from block to block. Both have the same names.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet": lambda: zoo.resnet(models.Bottleneck, (2, 2), width=8, small_input=False),
+    "preact": lambda: zoo.randomise(models.PreActResNet(models.PreActBasicBlock, (2, 2), 5, width=8, small_input=True)),
+}
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def build(network: str, case: Case) -> nn.Module:
+    """In float32, on the values that float64 has."""
+    torch.manual_seed(0)
+    model = NETWORKS[network]().float()
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = case.in_place
+    return model
+
+
+def made(model: nn.Module, case: Case, log: Log, when: str = "") -> nn.Module:
+    """``model`` with the change of ``case``; fused before or after it where ``when`` says so."""
+    if when == "after":
+        fusedres.fuse(model)
+    torch.manual_seed(2)
+    changed = model if case.each else case.change(model, log) or model
+    return fusedres.fuse(changed) if when == "before" else changed
+
+
+def run(model: nn.Module, case: Case, log: Log, x: Tensor) -> dict[str, Tensor]:
+    """All that can be seen of a step in each mode."""
+    values: dict[str, Tensor] = {}
+    for mode in case.modes:
+        if mode is not None:
+            model.train(mode)
+        if case.each:
+            case.change(model, log)
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        outputs = dict(zoo_public._tensors("output", model(leaf)))
+        torch.manual_seed(1)  # in float32, so that every dtype has the same cotangents
+        loss = torch.stack([(out * torch.randn(out.shape).to(out.dtype)).sum() for out in outputs.values()]).sum()
+        loss.backward()
+        named = {**outputs, "loss": loss, "grad input": leaf.grad}
+        named |= {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
+        named |= {f"retained {i}": value.grad for i, value in enumerate(log.kept)}
+        named |= {f"{name} {i}": value for name, seen in log.seen.items() for i, value in enumerate(seen)}
+        named |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+        values |= {f"{mode} {name}": whole(value) for name, value in named.items() if value is not None}
+        log.kept.clear()
+        log.seen.clear()
+    return values
+
+
+def whole(value: Tensor) -> Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+
+
+@contextmanager
+def fused_calls() -> Iterator[list[str]]:
+    """The names of the calls, on the reference path, of more than a BatchNorm."""
+    calls: list[str] = []
+    inside: list[str] = []
+
+    def recorded(function: Callable[..., object], pattern: Callable[[dict[str, object]], str]) -> Callable[..., object]:
+        def record(*args: object, **kwargs: object) -> object:
+            if not inside and pattern(kwargs) != "bn":
+                calls.append(pattern(kwargs))
+            inside.append("")
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        return record
+
+    patches = [
+        mock.patch.object(owner, name, recorded(getattr(owner, name), pattern))
+        for (owner, name), (_, pattern, _) in FUNCTIONS.items()
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        yield calls
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def fused_alone(network: str, case: Case, x: Tensor) -> int:
+    """How many calls are fused where nobody does anything."""
+    model = fusedres.fuse(build(network, case).double())
+    with fused_calls() as calls, torch.no_grad():
+        for mode in case.modes:
+            model.train(bool(mode))(x)
+    return len(calls)
+
+
+ALL = [(name, when) for name, case in CASES.items() for when in case.when]
+networks = pytest.mark.parametrize("network", NETWORKS)
+
+
+@networks
+@pytest.mark.parametrize(("name", "when"), ALL, ids=[f"{name}, {when}" for name, when in ALL])
+@pytest.mark.usefixtures("reference_backend")
+def test_as_eager(network, name, when, request):
+    case = CASES[name]
+    if case.group:
+        request.getfixturevalue("group")
+    model, logs = build(network, case).double(), (Log(), Log())
+    x = example(model)
+    expected = run(made(copy.deepcopy(model), case, logs[0]), case, logs[0], x)
+    fused = made(model, case, logs[1], when)
+    with fused_calls() as calls:
+        actual = run(fused, case, logs[1], x)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, **zoo.TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
+    assert len(calls) >= case.kept * fused_alone(network, case, x)
+
+
+def decided(model: nn.Module, case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    """An input whose every ReLU is on the same side in each dtype, and what float64 makes of it."""
+    for seed in itertools.count():
+        torch.manual_seed(seed)
+        x, log, twin = example(model), Log(), copy.deepcopy(model).double()
+        try:
+            with Decided():
+                return x, run(made(twin, case, log), case, log, x.double())
+        except AssertionError:
+            assert seed < 50
+    raise AssertionError
+
+
+@networks
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kernels])
+def test_on_the_kernels(network, name, request, monkeypatch):
+    case = CASES[name]
+    if case.group:
+        request.getfixturevalue("group")
+    monkeypatch.setenv("FUSEDRES_BACKEND", "reference")
+    model = build(network, case)
+    x, exact = decided(model, case)
+    eagers = []
+    for form in FORMATS:
+        log, twin = Log(), copy.deepcopy(model).to(memory_format=form)  # pyright: ignore
+        eagers.append(run(made(twin, case, log), case, log, x.contiguous(memory_format=form)))
+    log = Log()
+    with fused_calls() as calls:
+        run(made(copy.deepcopy(model), case, log, "after"), case, log, x)
+    monkeypatch.setenv("FUSEDRES_BACKEND", "triton")
+    log = Log()
+    fused = made(model, case, log, "after")
+    with recorded_layers() as seen:
+        actual = run(fused, case, log, x)
+    assert_network_as_good_as_eager(actual, eagers, exact)
+    assert sum(n for pattern, n in seen.items() if pattern not in ("bn", "backward")) == len(calls)

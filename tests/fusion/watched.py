@@ -1,0 +1,363 @@
+"""What users do to a network before or after ``fuse``: the table that test_watched.py runs, each with its reason."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
+
+from fusedres import models
+from tests import zoo
+
+
+@dataclass
+class Log:
+    """What hooks saw, by hook, and tensors that retain their gradients."""
+
+    seen: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    kept: list[Tensor] = field(default_factory=list)
+
+    def note(self, name: str, *values: Tensor | None) -> None:
+        self.seen[name] += [torch.zeros(0) if value is None else value.detach().clone() for value in values]
+
+
+Change = Callable[[Any, Log], "nn.Module | None"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ``change`` of a network in place, or to what it returns.
+
+    Attributes:
+        why: what would be wrong otherwise.
+        when: on which sides of ``fuse`` it is made.
+        modes: of training; ``None`` is as the change leaves it.
+        each: the change is made again before each step, once the mode is set.
+        in_place: whether ReLUs are; behind a backward hook eager allows none.
+        kept: the least share of the fused layers that stay fused.
+        kernels: whether it is also run on the kernels.
+        group: whether it needs a process group.
+    """
+
+    change: Change
+    why: str
+    when: tuple[str, ...] = ("before", "after")
+    modes: tuple[bool | None, ...] = (True, False)
+    each: bool = False
+    in_place: bool = True
+    kept: float = 0.5
+    kernels: bool = True
+    group: bool = False
+
+
+# Hooks, by kind; each is put on a module and logs under a name.
+def _forward(module: nn.Module, log: Log) -> None:
+    module.register_forward_hook(lambda _, args, out: log.note("forward", *args, out))
+
+
+def _forward_changing(module: nn.Module, log: Log) -> None:
+    module.register_forward_hook(lambda _, args, out: out * 1.5)
+
+
+def _forward_kwargs(module: nn.Module, log: Log) -> None:
+    hook = lambda _, args, kwargs, out: log.note("kwargs", *args, *kwargs.values(), out)  # noqa: E731
+    module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _pre(module: nn.Module, log: Log) -> None:
+    module.register_forward_pre_hook(lambda _, args: log.note("pre", *args))
+
+
+def _pre_changing(module: nn.Module, log: Log) -> None:
+    module.register_forward_pre_hook(lambda _, args, kwargs: ((args[0] * 1.5,), kwargs), with_kwargs=True)
+
+
+def _backward(module: nn.Module, log: Log) -> None:
+    module.register_full_backward_hook(lambda _, grads, outputs: log.note("backward", *grads, *outputs))
+
+
+def _backward_changing(module: nn.Module, log: Log) -> None:
+    module.register_full_backward_hook(lambda _, grads, outputs: tuple(grad * 1.5 for grad in grads))
+
+
+def _backward_pre(module: nn.Module, log: Log) -> None:
+    module.register_full_backward_pre_hook(lambda _, outputs: log.note("backward pre", *outputs))
+
+
+def _tensor(module: nn.Module, log: Log) -> None:
+    def watch(_: nn.Module, args: Any, out: Tensor) -> None:
+        for name, value in (("input", args[0]), ("output", out)):
+            value.register_hook(functools.partial(log.note, name))
+
+    module.register_forward_hook(watch)
+
+
+def _retain(module: nn.Module, log: Log) -> None:
+    def watch(_: nn.Module, args: Any, out: Tensor) -> None:
+        for value in (args[0], out):
+            value.retain_grad()
+            log.kept.append(value)
+
+    module.register_forward_hook(watch)
+
+
+def _removed(module: nn.Module, log: Log) -> None:
+    module.register_forward_hook(lambda *_: None).remove()
+
+
+HOOKS = {
+    "forward": (_forward, "the values that a folded module would have had"),
+    "forward, changing": (_forward_changing, "what the hook returns is used"),
+    "forward with kwargs": (_forward_kwargs, "keywords are told as they were given"),
+    "forward pre": (_pre, "the input of a folded module"),
+    "forward pre, changing": (_pre_changing, "the input that the hook returns is used"),
+    "full backward": (_backward, "gradients on both sides"),
+    "full backward, changing": (_backward_changing, "the gradient that the hook returns goes on"),
+    "full backward pre": (_backward_pre, "the whole gradient of an output that two parts read"),
+    "tensor hook": (_tensor, "a hook of autograd's sees the whole gradient, not one part of a fork"),
+    "retain_grad": (_retain, "so does a gradient that is kept"),
+}
+# Everywhere: a kind that reads values, one that reads gradients at a module, one that reads them at a tensor.
+EVERYWHERE = ("forward", "full backward", "retain_grad")
+PLACES = {
+    "": "the root of the region", "layer1": "a stage, between two forks", "layer1.1": "an identity block",
+    "layer2.0": "a projection block", "layer2.0.downsample": "one side of a join", "layer1.0.conv2": "a plain leaf",
+    "layer1.1.bn2": "a folded BatchNorm", "layer1.0.relu": "one ReLU for several calls", "maxpool": "end of the stem",
+    "avgpool": "the head",
+}  # fmt: skip
+
+
+def _hooked(kind: str, place: str) -> Case:
+    put, why = HOOKS[kind]
+    change = lambda model, log: put(model.get_submodule(place), log)  # noqa: E731
+    return Case(change, f"{why}: {PLACES[place]}", in_place="backward" not in kind, kernels=place == "layer1.1")
+
+
+# Wrappers. ``each_part`` makes a change of modules one of the network's modules at some paths.
+BLOCKS, STAGES = ("layer1.0", "layer1.1", "layer2.0", "layer2.1"), ("layer1", "layer2")
+
+
+def on(paths: tuple[str, ...], wrap: Callable[[Any], nn.Module]) -> Change:
+    def change(model: nn.Module, log: Log) -> None:
+        for path in paths:
+            model.set_submodule(path, wrap(model.get_submodule(path)))
+
+    return change
+
+
+def _shard(*paths: str) -> Change:
+    def change(model: nn.Module, log: Log) -> nn.Module:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for path in paths:
+            fully_shard(model.get_submodule(path), mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    return change
+
+
+def _checkpointed(block: nn.Module) -> nn.Module:
+    """With a forward on the instance, as training scripts patch them."""
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return block
+
+
+class Recomputed(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+
+
+class LowRank(nn.Module):
+    """As LoRA wraps a convolution: it stays, frozen, and a thin branch is added."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        torch.manual_seed(5)
+        self.down = nn.Conv2d(base.in_channels, 8, base.kernel_size, base.stride, base.padding, bias=False)  # pyright: ignore
+        self.up = nn.Conv2d(8, base.out_channels, 1, bias=False)
+        self.to(base.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Served(nn.Module):
+    """Two networks in two threads, each with a block of its own kind, so that both are traced again at once."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__()
+        for part in parts:
+            part.layer1[1] = nn.Identity()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(2) as threads:
+            return torch.cat(list(threads.map(lambda part: part(x), self.parts)))
+
+
+def again(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+def fresh(block: nn.Module) -> nn.Module:
+    """Another of its kind, with other weights."""
+    torch.manual_seed(6)
+    other = copy.deepcopy(block)
+    for parameter in other.parameters():
+        nn.init.uniform_(parameter, 0.1, 0.3)
+    return other
+
+
+class Exponential(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+def _parametrized(model: Any, log: Log) -> None:
+    parametrize.register_parametrization(model.layer1[1].bn2, "weight", Exponential())
+
+
+def _weight_norm(model: Any, log: Log) -> None:
+    parametrizations.weight_norm(model.layer1[1].conv2)
+
+
+def _spectral_norm(model: Any, log: Log) -> None:
+    conv = parametrizations.spectral_norm(model.layer1[1].conv2)
+    for vector in conv.parametrizations.weight[0].buffers():  # pyright: ignore
+        vector.copy_(nn.functional.normalize(torch.linspace(1, 2, vector.numel()), dim=0))
+
+
+def _pruned(model: Any, log: Log) -> None:
+    prune.l1_unstructured(model.layer1[1].conv2, "weight", 0.3)
+    prune.l1_unstructured(model.layer1[1].bn2, "weight", 0.3)
+
+
+def _pruned_for_good(model: Any, log: Log) -> None:
+    _pruned(model, log)
+    prune.remove(model.layer1[1].conv2, "weight")
+    prune.remove(model.layer1[1].bn2, "weight")
+
+
+def _shared_weights(model: Any, log: Log) -> None:
+    model.layer2[1].conv2.weight = model.layer2[0].conv2.weight
+    model.layer2[1].bn2.weight = model.layer2[0].bn2.weight
+
+
+def _frozen(model: Any, log: Log) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+
+
+def _features(model: Any, log: Log) -> nn.Module:
+    zoo.torchvision_models()
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    return create_feature_extractor(model, ["maxpool", "layer1.0", "layer1.1.relu", "layer2.0.bn2", "fc"])
+
+
+def _getter(model: Any, log: Log) -> nn.Module:
+    zoo.torchvision_models()
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    return IntermediateLayerGetter(model, {"layer1": "low", "layer2": "high"})
+
+
+def _exported(model: Any, log: Log) -> nn.Module:
+    return torch.export.export(model.eval(), (example(model),), strict=False).module()
+
+
+def _traced(model: Any, log: Log) -> nn.Module:
+    return torch.jit.trace(model.eval(), example(model))  # pyright: ignore
+
+
+def example(model: nn.Module) -> Tensor:
+    """An image of a size that both networks take, in the dtype of ``model``."""
+    size = 32 if isinstance(model, models.ResNet) else 8
+    return torch.randn(2, 3, size, size).to(next(model.parameters()).dtype)
+
+
+def _compile_stage(model: Any, log: Log) -> None:
+    model.layer1 = torch.compile(model.layer1, backend="eager")
+
+
+CASES: dict[str, Case] = {
+    **{f"{kind} on a block": _hooked(kind, "layer1.1") for kind in HOOKS},
+    **{f"{kind} on {place or 'the whole'}": _hooked(kind, place) for kind in EVERYWHERE for place in PLACES},
+    "hooks that are removed": Case(lambda m, log: _removed(m.layer1[1], log), "nothing is given up for good", kept=1),
+    "hooks on every block": Case(
+        lambda m, log: [_retain(m.get_submodule(path), log) for path in BLOCKS] and None,
+        "no block may pass parts of a sum, or of a gradient, to the next", kept=0.3,
+    ),
+    "DDP": Case(lambda m, log: DistributedDataParallel(m), "its hooks are on the parameters", group=True, kept=1),
+    "DDP of stages": Case(on(STAGES, DistributedDataParallel), "a wrapper with a forward of PyTorch's", group=True),
+    "DDP of blocks": Case(on(BLOCKS, DistributedDataParallel), "inside the region", group=True, kept=0.3),
+    "FSDP": Case(_shard(), "the class of the root becomes another", group=True),
+    "FSDP of stages": Case(_shard(*STAGES), "their parameters are whole in their calls alone", group=True),
+    "FSDP of blocks": Case(_shard(*BLOCKS), "as users shard, blocks and the whole", group=True, kept=0.3),
+    "checkpoint_wrapper of blocks": Case(
+        on(BLOCKS, checkpoint_wrapper), "what is computed again is what was computed", kept=0.3
+    ),
+    "checkpoint_wrapper of a stage": Case(on(STAGES[:1], checkpoint_wrapper), "blocks in it still meet"),
+    "checkpoint around forwards": Case(on(BLOCKS, _checkpointed), "a forward on the instance", kept=0.3),
+    "checkpoint in a module": Case(on(BLOCKS, Recomputed), "a function that takes a block", kept=0.3),
+    "a block replaced": Case(on(("layer1.1",), fresh), "its weights are its own"),
+    "a block replaced by nothing": Case(on(("layer1.1",), lambda block: nn.Identity()), "its neighbours meet"),
+    "an activation replaced": Case(on(("layer1.1.relu",), lambda relu: nn.GELU()), "ReLU was folded"),
+    "a BatchNorm replaced": Case(on(("layer2.0.bn2",), lambda norm: nn.Identity()), "it was folded"),
+    "a copy of a block, alone": Case(
+        lambda m, log: nn.Sequential(m.conv1, copy.deepcopy(m.layer1[0])), "it makes its own sum and activation", kept=0
+    ),
+    "blocks called outside": Case(
+        lambda m, log: nn.Sequential(m.conv1, *m.layer1), "parts of a region are called without it", kept=0
+    ),
+    "a stage in evaluation": Case(
+        lambda m, log: m.layer2.eval() and None, "statistics are read and not written", each=True, modes=(True,)
+    ),
+    "a block in training": Case(
+        lambda m, log: m.layer1[1].train() and None, "the rest is in evaluation", each=True, modes=(False,)
+    ),
+    "frozen BatchNorms": Case(_frozen, "fine-tuning: the backward of given statistics", each=True, modes=(True,)),
+    "frozen weights": Case(lambda m, log: m.layer1.requires_grad_(False) and None, "gradients go through", kept=1),
+    "feature extraction": Case(_features, "values that were folded are outputs, with whole gradients", kept=0),
+    "IntermediateLayerGetter": Case(_getter, "the children, without the forward around them", kept=0.3),
+    "low-rank branches": Case(on(("layer1.1.conv2", "layer2.0.conv1"), LowRank), "convolutions become users' code"),
+    "parametrized BatchNorm": Case(_parametrized, "its class and its weight are made anew"),
+    "weight norm": Case(_weight_norm, "the weight is computed in each call"),
+    "spectral norm": Case(_spectral_norm, "and has state in training"),
+    "pruned": Case(_pruned, "the weight is set by a hook, just before the call"),
+    "pruned for good": Case(_pruned_for_good, "no hook stays", kept=1),
+    "shared weights": Case(_shared_weights, "both calls add to one gradient", kept=1),
+    "a block called twice": Case(
+        lambda m, log: m.layer1.append(m.layer1[1]) and None, "its statistics change twice in a step"
+    ),
+    "compiled": Case(
+        lambda m, log: torch.compile(m, backend="aot_eager", fullgraph=True), "one graph of rewritten forwards",
+        when=("after",), kept=0, kernels=False,
+    ),
+    "a compiled stage": Case(_compile_stage, "regional compilation", kept=0, kernels=False),
+    "exported": Case(_exported, "the graph of what runs", modes=(None,), kept=0),
+    "traced by TorchScript": Case(_traced, "likewise", modes=(None,), kept=0),
+    "two threads": Case(lambda m, log: Served(m, copy.deepcopy(m)), "both are traced again at once"),
+    "deepcopy": Case(lambda m, log: copy.deepcopy(m), "the copy has its own modules", kept=1),
+    "pickle": Case(lambda m, log: again(m), "and its own code", kept=1),
+    "a copied block": Case(on(("layer1.1",), copy.deepcopy), "it comes back into its place"),
+    "a pickled block": Case(on(("layer1.1",), again), "likewise"),
+}  # fmt: skip

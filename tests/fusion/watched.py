@@ -48,7 +48,7 @@ class Case:
         each: the change is made again before each step, once the mode is set.
         in_place: whether ReLUs are; behind a backward hook eager allows none.
         kept: the least share of the fused layers that stay fused.
-        kernels: whether it is also run on the kernels.
+        kernels: the networks in which it is also run on the kernels; the other takes them thrice as long.
         group: whether it needs a process group.
     """
 
@@ -59,7 +59,7 @@ class Case:
     each: bool = False
     in_place: bool = True
     kept: float = 0.5
-    kernels: bool = True
+    kernels: tuple[str, ...] = ("preact",)
     group: bool = False
 
 
@@ -143,7 +143,7 @@ PLACES = {
 def _hooked(kind: str, place: str) -> Case:
     put, why = HOOKS[kind]
     change = lambda model, log: put(model.get_submodule(place), log)  # noqa: E731
-    return Case(change, f"{why}: {PLACES[place]}", in_place="backward" not in kind, kernels=place == "layer1.1")
+    return Case(change, f"{why}: {PLACES[place]}", in_place="backward" not in kind, kernels=("preact",) if place == "layer1.1" else ())
 
 
 # Wrappers. ``each_part`` makes a change of modules one of the network's modules at some paths.
@@ -285,7 +285,7 @@ def _exported(model: Any, log: Log) -> nn.Module:
 
 
 def _traced(model: Any, log: Log) -> nn.Module:
-    return torch.jit.trace(model.eval(), example(model))  # pyright: ignore
+    return torch.jit.trace(model.eval(), example(model), check_trace=False)  # pyright: ignore
 
 
 def example(model: nn.Module) -> Tensor:
@@ -298,27 +298,28 @@ def _compile_stage(model: Any, log: Log) -> None:
     model.layer1 = torch.compile(model.layer1, backend="eager")
 
 
+BOTH = ("resnet", "preact")
 CASES: dict[str, Case] = {
     **{f"{kind} on a block": _hooked(kind, "layer1.1") for kind in HOOKS},
     **{f"{kind} on {place or 'the whole'}": _hooked(kind, place) for kind in EVERYWHERE for place in PLACES},
     "hooks that are removed": Case(lambda m, log: _removed(m.layer1[1], log), "nothing is given up for good", kept=1),
     "hooks on every block": Case(
         lambda m, log: [_retain(m.get_submodule(path), log) for path in BLOCKS] and None,
-        "no block may pass parts of a sum, or of a gradient, to the next", kept=0.3,
+        "no block may pass parts of a sum, or of a gradient, to the next", kept=0.3, kernels=BOTH,
     ),
     "DDP": Case(lambda m, log: DistributedDataParallel(m), "its hooks are on the parameters", group=True, kept=1),
     "DDP of stages": Case(on(STAGES, DistributedDataParallel), "a wrapper with a forward of PyTorch's", group=True),
     "DDP of blocks": Case(on(BLOCKS, DistributedDataParallel), "inside the region", group=True, kept=0.3),
     "FSDP": Case(_shard(), "the class of the root becomes another", group=True),
     "FSDP of stages": Case(_shard(*STAGES), "their parameters are whole in their calls alone", group=True),
-    "FSDP of blocks": Case(_shard(*BLOCKS), "as users shard, blocks and the whole", group=True, kept=0.3),
+    "FSDP of blocks": Case(_shard(*BLOCKS), "as users shard, blocks and the whole", group=True, kept=0.3, kernels=BOTH),
     "checkpoint_wrapper of blocks": Case(
         on(BLOCKS, checkpoint_wrapper), "what is computed again is what was computed", kept=0.3
     ),
     "checkpoint_wrapper of a stage": Case(on(STAGES[:1], checkpoint_wrapper), "blocks in it still meet"),
-    "checkpoint around forwards": Case(on(BLOCKS, _checkpointed), "a forward on the instance", kept=0.3),
+    "checkpoint around forwards": Case(on(BLOCKS, _checkpointed), "a forward on the instance", kept=0),
     "checkpoint in a module": Case(on(BLOCKS, Recomputed), "a function that takes a block", kept=0.3),
-    "a block replaced": Case(on(("layer1.1",), fresh), "its weights are its own"),
+    "a block replaced": Case(on(("layer1.1",), fresh), "its weights are its own", kernels=BOTH),
     "a block replaced by nothing": Case(on(("layer1.1",), lambda block: nn.Identity()), "its neighbours meet"),
     "an activation replaced": Case(on(("layer1.1.relu",), lambda relu: nn.GELU()), "ReLU was folded"),
     "a BatchNorm replaced": Case(on(("layer2.0.bn2",), lambda norm: nn.Identity()), "it was folded"),
@@ -334,10 +335,10 @@ CASES: dict[str, Case] = {
     "a block in training": Case(
         lambda m, log: m.layer1[1].train() and None, "the rest is in evaluation", each=True, modes=(False,)
     ),
-    "frozen BatchNorms": Case(_frozen, "fine-tuning: the backward of given statistics", each=True, modes=(True,)),
+    "frozen BatchNorms": Case(_frozen, "fine-tuning: the backward of given statistics", each=True, modes=(True,), kernels=BOTH),
     "frozen weights": Case(lambda m, log: m.layer1.requires_grad_(False) and None, "gradients go through", kept=1),
-    "feature extraction": Case(_features, "values that were folded are outputs, with whole gradients", kept=0),
-    "IntermediateLayerGetter": Case(_getter, "the children, without the forward around them", kept=0.3),
+    "feature extraction": Case(_features, "values that were folded are outputs, with whole gradients", kept=0, kernels=BOTH),
+    "IntermediateLayerGetter": Case(_getter, "the children, without the forward around them", kept=0),
     "low-rank branches": Case(on(("layer1.1.conv2", "layer2.0.conv1"), LowRank), "convolutions become users' code"),
     "parametrized BatchNorm": Case(_parametrized, "its class and its weight are made anew"),
     "weight norm": Case(_weight_norm, "the weight is computed in each call"),
@@ -350,13 +351,13 @@ CASES: dict[str, Case] = {
     ),
     "compiled": Case(
         lambda m, log: torch.compile(m, backend="aot_eager", fullgraph=True), "one graph of rewritten forwards",
-        when=("after",), kept=0, kernels=False,
+        when=("after",), modes=(True,), kept=0, kernels=(),
     ),
-    "a compiled stage": Case(_compile_stage, "regional compilation", kept=0, kernels=False),
+    "a compiled stage": Case(_compile_stage, "regional compilation", modes=(True,), kept=0, kernels=()),
     "exported": Case(_exported, "the graph of what runs", modes=(None,), kept=0),
     "traced by TorchScript": Case(_traced, "likewise", modes=(None,), kept=0),
-    "two threads": Case(lambda m, log: Served(m, copy.deepcopy(m)), "both are traced again at once"),
-    "deepcopy": Case(lambda m, log: copy.deepcopy(m), "the copy has its own modules", kept=1),
+    "two threads": Case(lambda m, log: Served(m, copy.deepcopy(m)), "both are traced again at once", kernels=()),
+    "deepcopy": Case(lambda m, log: copy.deepcopy(m), "the copy has its own modules", kept=1, kernels=BOTH),
     "pickle": Case(lambda m, log: again(m), "and its own code", kept=1),
     "a copied block": Case(on(("layer1.1",), copy.deepcopy), "it comes back into its place"),
     "a pickled block": Case(on(("layer1.1",), again), "likewise"),

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 import fusedres
 from fusedres import models
 from tests import zoo, zoo_public
+from tests.fusion.hooks import Log
 from tests.fusion.ran import FUNCTIONS
 from tests.fusion.trained import FORMATS, Decided, recorded_layers
-from tests.fusion.watched import CASES, Case, Log, example
+from tests.fusion.watched import CASES, Case, example
 from tests.oracle import assert_network_as_good_as_eager
 
 pytestmark = [

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,18 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedres import models
 from tests import zoo
-
-
-@dataclass
-class Log:
-    """What hooks saw, by hook, and tensors that retain their gradients."""
-
-    seen: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    kept: list[Tensor] = field(default_factory=list)
-
-    def note(self, name: str, *values: Tensor | None) -> None:
-        self.seen[name] += [torch.zeros(0) if value is None else value.detach().clone() for value in values]
-
+from tests.fusion.hooks import HOOKS, Log
 
 Change = Callable[[Any, Log], "nn.Module | None"]
 
@@ -63,73 +51,6 @@ class Case:
     group: bool = False
 
 
-# Hooks, by kind; each is put on a module and logs under a name.
-def _forward(module: nn.Module, log: Log) -> None:
-    module.register_forward_hook(lambda _, args, out: log.note("forward", *args, out))
-
-
-def _forward_changing(module: nn.Module, log: Log) -> None:
-    module.register_forward_hook(lambda _, args, out: out * 1.5)
-
-
-def _forward_kwargs(module: nn.Module, log: Log) -> None:
-    hook = lambda _, args, kwargs, out: log.note("kwargs", *args, *kwargs.values(), out)  # noqa: E731
-    module.register_forward_hook(hook, with_kwargs=True)
-
-
-def _pre(module: nn.Module, log: Log) -> None:
-    module.register_forward_pre_hook(lambda _, args: log.note("pre", *args))
-
-
-def _pre_changing(module: nn.Module, log: Log) -> None:
-    module.register_forward_pre_hook(lambda _, args, kwargs: ((args[0] * 1.5,), kwargs), with_kwargs=True)
-
-
-def _backward(module: nn.Module, log: Log) -> None:
-    module.register_full_backward_hook(lambda _, grads, outputs: log.note("backward", *grads, *outputs))
-
-
-def _backward_changing(module: nn.Module, log: Log) -> None:
-    module.register_full_backward_hook(lambda _, grads, outputs: tuple(grad * 1.5 for grad in grads))
-
-
-def _backward_pre(module: nn.Module, log: Log) -> None:
-    module.register_full_backward_pre_hook(lambda _, outputs: log.note("backward pre", *outputs))
-
-
-def _tensor(module: nn.Module, log: Log) -> None:
-    def watch(_: nn.Module, args: Any, out: Tensor) -> None:
-        for name, value in (("input", args[0]), ("output", out)):
-            value.register_hook(functools.partial(log.note, name))
-
-    module.register_forward_hook(watch)
-
-
-def _retain(module: nn.Module, log: Log) -> None:
-    def watch(_: nn.Module, args: Any, out: Tensor) -> None:
-        for value in (args[0], out):
-            value.retain_grad()
-            log.kept.append(value)
-
-    module.register_forward_hook(watch)
-
-
-def _removed(module: nn.Module, log: Log) -> None:
-    module.register_forward_hook(lambda *_: None).remove()
-
-
-HOOKS = {
-    "forward": (_forward, "the values that a folded module would have had"),
-    "forward, changing": (_forward_changing, "what the hook returns is used"),
-    "forward with kwargs": (_forward_kwargs, "keywords are told as they were given"),
-    "forward pre": (_pre, "the input of a folded module"),
-    "forward pre, changing": (_pre_changing, "the input that the hook returns is used"),
-    "full backward": (_backward, "gradients on both sides"),
-    "full backward, changing": (_backward_changing, "the gradient that the hook returns goes on"),
-    "full backward pre": (_backward_pre, "the whole gradient of an output that two parts read"),
-    "tensor hook": (_tensor, "a hook of autograd's sees the whole gradient, not one part of a fork"),
-    "retain_grad": (_retain, "so does a gradient that is kept"),
-}
 # Everywhere: a kind that reads values, one that reads gradients at a module, one that reads them at a tensor.
 EVERYWHERE = ("forward", "full backward", "retain_grad")
 PLACES = {
@@ -143,7 +64,8 @@ PLACES = {
 def _hooked(kind: str, place: str) -> Case:
     put, why = HOOKS[kind]
     change = lambda model, log: put(model.get_submodule(place), log)  # noqa: E731
-    return Case(change, f"{why}: {PLACES[place]}", in_place="backward" not in kind, kernels=("preact",) if place == "layer1.1" else ())
+    kernels = ("preact",) if place == "layer1.1" else ()
+    return Case(change, f"{why}: {PLACES[place]}", in_place="backward" not in kind, kernels=kernels)
 
 
 # Wrappers. ``each_part`` makes a change of modules one of the network's modules at some paths.
@@ -302,7 +224,7 @@ BOTH = ("resnet", "preact")
 CASES: dict[str, Case] = {
     **{f"{kind} on a block": _hooked(kind, "layer1.1") for kind in HOOKS},
     **{f"{kind} on {place or 'the whole'}": _hooked(kind, place) for kind in EVERYWHERE for place in PLACES},
-    "hooks that are removed": Case(lambda m, log: _removed(m.layer1[1], log), "nothing is given up for good", kept=1),
+    "hooks that are removed": Case(lambda m, log: m.layer1[1].register_forward_hook(print).remove(), "nothing is given up for good", kept=1),
     "hooks on every block": Case(
         lambda m, log: [_retain(m.get_submodule(path), log) for path in BLOCKS] and None,
         "no block may pass parts of a sum, or of a gradient, to the next", kept=0.3, kernels=BOTH,
@@ -335,9 +257,13 @@ CASES: dict[str, Case] = {
     "a block in training": Case(
         lambda m, log: m.layer1[1].train() and None, "the rest is in evaluation", each=True, modes=(False,)
     ),
-    "frozen BatchNorms": Case(_frozen, "fine-tuning: the backward of given statistics", each=True, modes=(True,), kernels=BOTH),
+    "frozen BatchNorms": Case(
+        _frozen, "fine-tuning: the backward of given statistics", each=True, modes=(True,), kernels=BOTH
+    ),
     "frozen weights": Case(lambda m, log: m.layer1.requires_grad_(False) and None, "gradients go through", kept=1),
-    "feature extraction": Case(_features, "values that were folded are outputs, with whole gradients", kept=0, kernels=BOTH),
+    "feature extraction": Case(
+        _features, "values that were folded are outputs, with whole gradients", kept=0, kernels=BOTH
+    ),
     "IntermediateLayerGetter": Case(_getter, "the children, without the forward around them", kept=0),
     "low-rank branches": Case(on(("layer1.1.conv2", "layer2.0.conv1"), LowRank), "convolutions become users' code"),
     "parametrized BatchNorm": Case(_parametrized, "its class and its weight are made anew"),
@@ -355,7 +281,7 @@ CASES: dict[str, Case] = {
     ),
     "a compiled stage": Case(_compile_stage, "regional compilation", modes=(True,), kept=0, kernels=()),
     "exported": Case(_exported, "the graph of what runs", modes=(None,), kept=0),
-    "traced by TorchScript": Case(_traced, "likewise", modes=(None,), kept=0),
+    "traced by TorchScript": Case(_traced, "and with the reference path, without kernels", modes=(None,), kept=0, kernels=()),
     "two threads": Case(lambda m, log: Served(m, copy.deepcopy(m)), "both are traced again at once", kernels=()),
     "deepcopy": Case(lambda m, log: copy.deepcopy(m), "the copy has its own modules", kept=1, kernels=BOTH),
     "pickle": Case(lambda m, log: again(m), "and its own code", kept=1),

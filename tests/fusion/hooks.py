@@ -27,7 +27,7 @@ def _forward(module: nn.Module, log: Log) -> None:
 
 
 def _forward_changing(module: nn.Module, log: Log) -> None:
-    module.register_forward_hook(lambda _, args, out: out * 1.5)
+    module.register_forward_hook(lambda _, args, out: 1.5 * out)
 
 
 def _forward_kwargs(module: nn.Module, log: Log) -> None:

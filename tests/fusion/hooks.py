@@ -27,7 +27,7 @@ def _forward(module: nn.Module, log: Log) -> None:
 
 
 def _forward_changing(module: nn.Module, log: Log) -> None:
-    module.register_forward_hook(lambda _, args, out: 1.5 * out)
+    module.register_forward_hook(lambda _, args, out: torch.mul(out, 1.5))  # pyright: ignore[reportArgumentType]
 
 
 def _forward_kwargs(module: nn.Module, log: Log) -> None:

@@ -74,11 +74,15 @@ def run(model: nn.Module, case: Case, log: Log, x: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
         leaf = x.clone().requires_grad_()
         outputs = dict(zoo_public._tensors("output", model(leaf)))
+        for out in outputs.values():
+            if out.requires_grad:
+                out.retain_grad()
         torch.manual_seed(1)  # in float32, so that every dtype has the same cotangents
         loss = torch.stack([(out * torch.randn(out.shape).to(out.dtype)).sum() for out in outputs.values()]).sum()
         loss.backward()
         named = {**outputs, "loss": loss, "grad input": leaf.grad}
         named |= {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
+        named |= {f"grad {name}": out.grad for name, out in outputs.items()}
         named |= {f"retained {i}": value.grad for i, value in enumerate(log.kept)}
         named |= {f"{name} {i}": value for name, seen in log.seen.items() for i, value in enumerate(seen)}
         named |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
@@ -166,7 +170,7 @@ def decided(model: nn.Module, case: Case) -> Tensor:
             twin = made(twin, case, log)
         try:
             with Decided():
-                run(twin, case if not case.group else replace(case, each=False), log, x.double())
+                run(twin, case, log, x.double())
         except AssertionError:
             continue
         return x

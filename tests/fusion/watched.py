@@ -56,7 +56,8 @@ EVERYWHERE = ("forward", "full backward", "retain_grad")
 BLOCK = "layer1.1"
 OTHERS = {
     "": "the root of the region", "layer1": "a stage, between two forks",
-    "layer2.0": "a projection block", "layer2.0.downsample": "one side of a join", "layer1.0.conv2": "a plain leaf",
+    "layer2.0": "a projection block", "layer2.0.downsample": "one side of a join",
+    "layer1.1.conv1": "one of the two readers of a fork",
     "layer1.1.bn2": "a folded BatchNorm", "layer1.0.relu": "one ReLU for several calls", "maxpool": "end of the stem",
     "avgpool": "the head",
 }  # fmt: skip
@@ -71,7 +72,7 @@ def _hooked(kind: str, place: str) -> Case:
     return Case(change, why, when, in_place="backward" not in kind, kernels=("preact",) if place == BLOCK else ())
 
 
-# Wrappers. ``each_part`` makes a change of modules one of the network's modules at some paths.
+# Parts of a network, by path, and what is put in their places.
 BLOCKS, STAGES = ("layer1.0", "layer1.1", "layer2.0", "layer2.1"), ("layer1", "layer2")
 
 
@@ -245,6 +246,7 @@ CASES: dict[str, Case] = {
     ),
     "checkpoint_wrapper of a stage": Case(on(STAGES[:1], checkpoint_wrapper), "blocks in it still meet"),
     "checkpoint around forwards": Case(on(BLOCKS, _checkpointed), "a forward on the instance", kept=0),
+    "checkpoint around a stage's forward": Case(on(STAGES[1:], _checkpointed), "the rest stays fused", kept=0.3),
     "checkpoint in a module": Case(on(BLOCKS, Recomputed), "a function that takes a block", kept=0.3),
     "a block replaced": Case(on(("layer1.1",), fresh), "its weights are its own", kernels=BOTH),
     "a block replaced by nothing": Case(on(("layer1.1",), lambda block: nn.Identity()), "its neighbours meet"),

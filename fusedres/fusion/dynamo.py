@@ -1,8 +1,8 @@
 """The patterns of :func:`fusedres.fuse` in the graph that torch.compile captured from a whole model.
 
 Modules are gone there: a BatchNorm is ``num_batches_tracked.add_(1)`` and ``F.batch_norm`` on inputs of the graph. Such
-calls are lifted to calls of stand-in modules, so that what folds the patterns of a traced block folds them here, and
-lowered to functions of tensors afterwards. These look at shapes and dtypes when the graph is traced on.
+calls are lifted to calls of stand-in modules, so that the one matcher finds the patterns, and lowered to functions of
+tensors afterwards. These look at shapes and dtypes when the graph is traced on.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from fusedres.fusion.aliasing import Values
 from fusedres.fusion.matching import match
 from fusedres.fusion.options import Options
 from fusedres.fusion.rewriting import Call, bind
-from fusedres.fusion.runtime import batch_norm, is_plain
+from fusedres.fusion.runtime import is_plain, norm_act
 from fusedres.nn import BatchNormAct2d
 
-_STAND_INS = {F.batch_norm: BatchNormAct2d, F.linear: nn.Linear, F.layer_norm: nn.LayerNorm}
+# What stands for a call while patterns are looked for; it holds nothing of the model.
+_STAND_INS: dict[Any, Callable[[], nn.Module]] = {
+    F.batch_norm: lambda: BatchNormAct2d(1, act=None),
+    F.linear: lambda: nn.Linear(1, 1),
+    F.layer_norm: lambda: nn.LayerNorm(1),
+}
 _log = logging.getLogger(__name__)
-State = tuple[Any, ...]  # what a function takes after its input
+Layer = tuple[Any, ...]  # a function, and what it takes after its input; of F.batch_norm also the counter
 
 
 def compile_fused(
@@ -71,9 +76,9 @@ def fuse_captured(graph_module: fx.GraphModule) -> list[Call]:
     """
     graph = graph_module.graph
     boundaries = _separate(graph)
-    lifted = _Lifted(graph_module)
+    layers = _lift(graph_module)
     calls = match(graph_module, graph, lambda module: None, Options())
-    lifted.lower()
+    _lower(graph_module, layers)
     for node in boundaries:
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
@@ -89,139 +94,81 @@ def boundary(value: Any) -> Any:
 
 def _separate(graph: fx.Graph) -> list[fx.Node]:
     """Put a :func:`boundary` wherever a value is read in another context than it was computed in."""
-    boundaries: list[fx.Node] = []
-    inside: dict[fx.Node, fx.Node] = {}  # values from earlier contexts, and their names in this one
-    here: set[fx.Node] = set()
-    start = None
-    for node in list(graph.nodes):
-        if node.op in ("placeholder", "output"):
-            continue
-        if node.meta.get("example_value") is None:  # autocast, gradient mode and the like
-            start, inside, here = node, {}, set()
-        elif start is not None:
-            for value in node.all_input_nodes:
-                if value in here or value.op in ("placeholder", "get_attr"):
-                    continue
-                if value not in inside:
-                    with graph.inserting_after(start):
-                        inside[value] = graph.call_function(boundary, (value,))
-                    boundaries.append(inside[value])
-                node.replace_input_with(value, inside[value])
-        here.add(node)
-    return boundaries
-
-
-class _Lifted:
-    """Calls of normalisations and linear maps in a graph, as calls of modules that hold nothing."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        self.root, self.graph = graph_module, graph_module.graph
-        self.values = Values(graph_module, self.graph)
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder" and _storage(node) is not None]
-        self.sharers = collections.Counter(map(_storage, inputs))
-        self.changed = self._changed_storages()
-        self.lifted: dict[str, tuple[Any, State]] = {}  # stand-ins: the function, and its state
-        norms = self._norm_states()
-        for node in list(self.graph.nodes):
-            if node in norms:
-                self._lift(node, norms[node])
-            elif node.target in (F.linear, F.layer_norm) and self._is_layer(**bind(node)):
-                self._lift(node, tuple(bind(node).values())[1:])
-
-    def lower(self) -> None:
-        """Call functions again: those of :mod:`fusedres.fusion.runtime` with a state in the place of a module."""
-        for node in list(self.graph.nodes):
-            if node.target not in self.lifted:
+    start = None  # of the context: of autocast, gradient mode and the like
+    contexts: dict[fx.Node, fx.Node | None] = {}
+    boundaries: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
+    for node in [node for node in graph.nodes if node.op.startswith("call_")]:
+        if node.meta.get("example_value") is None:
+            start = node
+        contexts[node] = start
+        for value in node.all_input_nodes:
+            if contexts.get(value, start) is start:
                 continue
-            function, state = self.lifted[node.target]
-            if node.op == "get_attr":
-                for user in list(node.users):
-                    user.args = tuple(state if arg is node else arg for arg in user.args)
-            else:
-                is_norm = function is F.batch_norm
-                target, arguments = (batch_norm, (node.args[0], state)) if is_norm else (function, (*node.args, *state))
-                with self.graph.inserting_before(node):
-                    node.replace_all_uses_with(self.graph.call_function(target, arguments))
-            self.graph.erase_node(node)
-        for name in self.lifted:
-            delattr(self.root, name)
+            if (value, start) not in boundaries:
+                with graph.inserting_after(start):
+                    boundaries[value, start] = graph.call_function(boundary, (value,))
+            node.replace_input_with(value, boundaries[value, start])
+    return list(boundaries.values())
 
-    def _lift(self, node: fx.Node, state: State) -> None:
-        # Calls that share statistics share a module: the order of its calls is kept.
-        name = next((name for name, known in self.lifted.items() if known == (node.target, state)), None)
-        if name is None:
-            name = f"fusedres_{len(self.lifted)}"
-            self.lifted[name] = node.target, state
-            self.root.add_module(name, _stand_in(_STAND_INS[node.target]))
-        if node.target is F.batch_norm and state[-1] is not None:
-            self.graph.erase_node(node.prev)
-        with self.graph.inserting_before(node):
-            call = self.graph.call_module(name, (bind(node)["input"],))
-        call.meta = node.meta
-        node.replace_all_uses_with(call)
-        self.graph.erase_node(node)
 
-    def _norm_states(self) -> dict[fx.Node, State]:
-        """The BatchNorms that can be lifted, each with its state."""
-        nodes = [node for node in self.graph.nodes if node.target is F.batch_norm and self._is_norm(**bind(node))]
-        states = {node: (*list(bind(node).values())[1:], self._counter(node)) for node in nodes}
-        return {
-            node: state
-            for node, state in states.items()
-            if all(states.get(user) == state for buffer in state[:2] if buffer is not None for user in buffer.users)
-        }
+def _lift(root: fx.GraphModule) -> dict[str, Layer]:
+    """Call stand-in modules in place of functions; the names of the modules, and what each stands for."""
+    kept = _kept(root)
+    layers = {node: _layer(node, kept) for node in root.graph.nodes if node.target in _STAND_INS}
+    names: dict[Layer, str] = {}
+    for node, layer in layers.items():
+        is_norm = layer is not None and node.target is F.batch_norm
+        statistics = [buffer for buffer in layer[1:3] if buffer is not None] if is_norm else []
+        if layer is None or any(layers.get(user) != layer for buffer in statistics for user in buffer.users):
+            continue
+        if layer not in names:  # calls that share statistics share a module: their order is kept
+            names[layer] = f"fusedres_{len(names)}"
+            root.add_module(names[layer], _STAND_INS[node.target]())
+        if is_norm and layer[-1] is not None:
+            root.graph.erase_node(node.prev)
+        with root.graph.inserting_before(node):
+            call = root.graph.call_module(names[layer], (bind(node)["input"],))
+        node.replace_all_uses_with(call, propagate_meta=True)
+        root.graph.erase_node(node)
+    return {name: layer for layer, name in names.items()}
 
-    def _is_norm(
-        self, input: Any, running_mean: Any, running_var: Any, training: Any, momentum: Any, eps: Any, **weights: Any
-    ) -> bool:
-        """Whether a call of F.batch_norm has tensors that the fused functions take, and nobody else changes them."""
-        x = input.meta.get("example_value") if isinstance(input, fx.Node) else None
-        if not isinstance(x, Tensor) or not is_plain(x) or not x.is_floating_point() or x.dim() < 2:
-            return False
-        if tuple(map(type, (training, momentum, eps))) != (bool, float, float):
-            return False
-        buffers = [buffer for buffer in (running_mean, running_var) if buffer is not None]
-        if len(buffers) == 1 or not (buffers or training):
-            return False
-        return all(self.sharers[_storage(buffer)] == 1 for buffer in buffers if self._is_kept(buffer)) and all(
-            self._is_kept(vector)
-            and (tensor := vector.meta["example_value"]).dim() == 1
-            and tensor.dtype in (torch.float32, x.dtype)
-            and tensor.device == x.device
-            for vector in (*buffers, *weights.values())
-            if vector is not None
-        )
 
-    def _counter(self, norm: fx.Node) -> fx.Node | None:
-        """The counter that is incremented right before ``norm`` and that nobody reads."""
-        arguments = bind(norm)
-        if not _is_count(norm.prev) or not arguments["training"]:
-            return None
-        counter = norm.prev.all_input_nodes[0]
-        one = counter.meta["example_value"]
-        alone = self.sharers[_storage(counter)] == 1 and all(_is_count(user) for user in counter.users)
-        same_device = one.device == arguments["input"].meta["example_value"].device
-        return counter if alone and same_device and one.dim() == 0 and not one.is_floating_point() else None
+def _kept(root: fx.GraphModule) -> set[fx.Node]:
+    """The inputs that are plain tensors of their own and that nothing but a BatchNorm changes."""
+    values, nodes = Values(root, root.graph), root.graph.nodes
+    inputs = {node: x for node in nodes if node.op == "placeholder" and (x := _tensor(node)) is not None}
+    sharers = collections.Counter(tensor.untyped_storage()._cdata for tensor in inputs.values())
+    changing = [n for n in nodes if n.target is not F.batch_norm and not _is_count(n) and values.mutates(n)]
+    changed = {source for node in changing for value in node.all_input_nodes for source in values.sources(value)}
+    return {node for node, tensor in inputs.items() if sharers[tensor.untyped_storage()._cdata] == 1} - changed
 
-    def _is_layer(self, input: Any, weight: Any, bias: Any, normalized_shape: Any = (0,), **_: Any) -> bool:
-        """Whether a call of F.linear or F.layer_norm has an input and parameters that nobody changes."""
-        if not isinstance(normalized_shape, (tuple, list)) or [type(size) for size in normalized_shape] != [int]:
-            return False
-        return isinstance(input, fx.Node) and all(self._is_kept(v) for v in (weight, bias) if v is not None)
 
-    def _is_kept(self, value: Any) -> bool:
-        """Whether it is an input of the graph, a plain tensor, that nothing but its BatchNorm changes."""
-        plain = isinstance(value, fx.Node) and value.op == "placeholder" and _storage(value) is not None
-        return plain and _storage(value) not in self.changed
+def _layer(node: fx.Node, kept: set[fx.Node]) -> Layer | None:
+    """What ``node`` calls, where the fused functions take what it is given and nobody else changes its tensors."""
+    given = bind(node)
+    input, *rest = given.values()
+    names = ("running_mean", "running_var", "weight", "bias")
+    tensors = [given[name] for name in names if given.get(name) is not None]
+    if _tensor(input) is None or not kept.issuperset(tensors):
+        return None
+    if node.target is not F.batch_norm:
+        shape = given.get("normalized_shape", (0,))
+        of_rows = isinstance(shape, (tuple, list)) and [type(size) for size in shape] == [int]
+        return (node.target, *rest) if of_rows else None
+    mean, var, _, _, training, momentum, eps = rest
+    vectors = all(tensor.meta["example_value"].dim() == 1 for tensor in tensors)
+    if not vectors or (mean is None) != (var is None) or [*map(type, (training, momentum, eps))] != [bool, float, float]:
+        return None
+    return (node.target, *rest, _counter(node.prev, kept) if training else None)
 
-    def _changed_storages(self) -> set[int | None]:
-        """Of the inputs that may be changed in place, not counting what BatchNorms change."""
-        changed: set[int | None] = set()
-        for node in self.graph.nodes:
-            if node.target is not F.batch_norm and not _is_count(node) and self.values.mutates(node):
-                for value in set().union(*map(self.values.sources, node.all_input_nodes)):
-                    changed.add(_storage(value))
-        return changed
+
+def _counter(node: fx.Node, kept: set[fx.Node]) -> fx.Node | None:
+    """The counter that ``node`` increments and that nobody reads."""
+    counter = node.all_input_nodes[0] if _is_count(node) else None
+    if counter not in kept or not all(map(_is_count, counter.users)):
+        return None
+    value = counter.meta["example_value"]
+    return counter if value.dim() == 0 and value.dtype == torch.long else None
 
 
 def _is_count(node: fx.Node) -> bool:
@@ -231,18 +178,25 @@ def _is_count(node: fx.Node) -> bool:
     return node.all_input_nodes[0].op == "placeholder" and node.next.target is F.batch_norm
 
 
-def _storage(value: fx.Node) -> int | None:
-    """What tells the memory of an input from that of others; ``None`` where it is no plain tensor."""
-    tensor = value.meta.get("example_value")
-    if not isinstance(tensor, Tensor) or not is_plain(tensor) or tensor.layout != torch.strided:
-        return None
-    return tensor.untyped_storage()._cdata
+def _tensor(value: Any) -> Tensor | None:
+    """What ``value`` was when it was traced, if an ordinary tensor."""
+    tensor = value.meta.get("example_value") if isinstance(value, fx.Node) else None
+    plain = isinstance(tensor, Tensor) and is_plain(tensor) and tensor.layout == torch.strided
+    return tensor if plain else None
 
 
-def _stand_in(kind: type[nn.Module]) -> nn.Module:
-    """A module of ``kind`` without tensors."""
-    module = kind.__new__(kind)
-    nn.Module.__init__(module)
-    if isinstance(module, BatchNormAct2d):
-        module.act = None
-    return module
+def _lower(root: fx.GraphModule, layers: dict[str, Layer]) -> None:
+    """Give functions of :mod:`fusedres.fusion.runtime` tensors in the place of a module, and call them directly."""
+    for node in [node for node in root.graph.nodes if node.target in layers]:
+        function, *state = layers[node.target]
+        if node.op == "get_attr":
+            for user in list(node.users):
+                user.args = tuple(tuple(state) if arg is node else arg for arg in user.args)
+        else:
+            is_norm = function is F.batch_norm
+            arguments = (tuple(state), *node.args, None, None) if is_norm else (*node.args, *state)
+            with root.graph.inserting_before(node):
+                node.replace_all_uses_with(root.graph.call_function(norm_act if is_norm else function, arguments))
+        root.graph.erase_node(node)
+    for name in layers:
+        root.delete_submodule(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,14 +11,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedres.functional import layer_norm_refusal, path_for, pool_refusal, refusal
+from fusedres.functional import path_for, refusal
 from fusedres.fusion.entries import Entry, find_entries, unfused
-from fusedres.fusion.foreign import TakenNorm
-from fusedres.fusion.refusals import sealed, swap_refusal
-from fusedres.fusion.rewriting import Call
-from fusedres.fusion.savings import bytes_saved, window
-from fusedres.fusion.shapes import Input, Sizes, measure
-from fusedres.nn import BatchNormAct2d
+from fusedres.fusion.savings import bytes_saved, shape_refusal
+from fusedres.fusion.shapes import Input, Seen, measure
 
 COLUMNS = ("module", "pattern", "path", "reason")
 SAVED = "bytes_saved"
@@ -98,74 +96,43 @@ def explain(model: nn.Module, input: Input | None = None) -> Explanation:
         TypeError: ``input`` is of another kind.
         Exception: what the model's forward raises for ``input``.
     """
-    sizes = None if input is None else measure(model, input)
-    rows: list[dict[str, Any]] = []
-    for entry in find_entries(model):
-        row = _row(entry)
-        rows.append(row | {SAVED: None if sizes is None else _saved(entry, row["path"], sizes)})
+    sizes, note = ({}, "") if input is None else measure(model, input)
+    entries = list(find_entries(model))
+    counts, rows = Counter(entry.module for entry in entries), list[dict[str, Any]]()
+    places = {module: itertools.count() for module in counts}
+    for entry in entries:
+        seen, place, count = sizes.get(entry.module, []), next(places[entry.module]), counts[entry.module]
+        calls = [] if len(seen) % count else seen[place::count]  # else they are not those that were traced
+        rows.append({**_row(entry), SAVED: None if input is None else _saved(entry, calls)})
     step = "training" if model.training else "inference"
-    return Explanation(rows, step if sizes else None, sizes.stopped if sizes else "")
-
-
-def _saved(entry: Entry, path: str, sizes: Sizes) -> int | None:
-    """Over all calls; ``None`` where they are not those that were traced."""
-    call, module, block = entry.call, entry.module, entry.block
-    if path in ("", "eager") or call.pattern in ("bn", "ln"):
-        return 0
-    calls = sizes.calls.get(module, [])
-    if not calls or len(calls) % entry.count:
-        return None
-    training = (module if isinstance(module, _BatchNorm) else block).training
-    device, _ = _device_and_dtype(module, block)
-    saved = [bytes_saved(call, seen, training, device) for seen in calls[entry.place :: entry.count]]
-    return None if None in saved else sum(filter(None, saved))
+    return Explanation(rows, None if input is None else step, note)
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    call, module = entry.call, entry.module
-    left_alone = entry.left_alone or _row_refusal(call, module, entry.fused)
-    refused = _kernel_refusal(call, module, entry.block) if left_alone is None else None
-    pattern = call.pattern if left_alone is None else unfused(call)
-    path = "eager" if left_alone is not None else path_for(refused)
-    forks = "the gradients of its readers are added in its backward" if call.forks and path != "eager" else None
-    reason = "; ".join(dict.fromkeys(filter(None, (left_alone, refused, call.reason, forks))))
+    call, left_alone = entry.call, entry.eager is not None
+    refused = None if left_alone else refusal(*_device_and_dtype(entry)) or shape_refusal(call, entry.module)
+    path = "eager" if left_alone else path_for(refused)
+    forks = "the gradients of its readers are added in its backward" if call.forks and not left_alone else None
+    reason = "; ".join(dict.fromkeys(filter(None, (entry.eager, refused, call.reason, forks))))
+    pattern = unfused(call) if left_alone else call.pattern
     return {"module": entry.name, "pattern": pattern, "path": path, "reason": reason}
+
+
+def _saved(entry: Entry, calls: list[Seen]) -> int | None:
+    """Over all calls."""
+    if entry.eager is not None or entry.call.pattern in ("bn", "ln") or shape_refusal(entry.call, entry.module):
+        return 0
+    training = (entry.module if isinstance(entry.module, _BatchNorm) else entry.block).training
+    saved = [bytes_saved(entry.call, seen, training, _device_and_dtype(entry)[0]) for seen in calls]
+    return sum(filter(None, saved)) if saved and None not in saved else None
+
+
+def _device_and_dtype(entry: Entry) -> tuple[torch.device, torch.dtype]:
+    """Those of the first parameter or buffer of the layer, or else of its block, for want of an input."""
+    tensors = (tensor for part in (entry.module, entry.block) for tensor in (*part.parameters(), *part.buffers()))
+    first = next(tensors, torch.empty(0))
+    return first.device, first.dtype
 
 
 def _cell(value: Any) -> str:
     return "?" if value is None else f"{value:,}" if isinstance(value, int) else value
-
-
-def _row_refusal(call: Call, module: nn.Module, fused: bool) -> str | None:
-    """Why ``module`` runs as PyTorch's own; ``None`` where it does not."""
-    if unfused(call) == "ln":
-        return call.reason if call.pattern == "ln" else None
-    left_alone = swap_refusal(module)
-    if left_alone is None and fused and not isinstance(module, (BatchNormAct2d, TakenNorm)):
-        left_alone = "filter_fn, or added since"
-    return None if _is_derived(module) else left_alone
-
-
-def _is_derived(module: nn.Module) -> bool:
-    """Whether it runs our forward in a class that others made since, as parametrization and FSDP2 do."""
-    ours = type(module).forward in (BatchNormAct2d.forward, TakenNorm.forward)
-    return ours and "forward" not in vars(module) and sealed(module) is None
-
-
-def _kernel_refusal(call: Call, module: nn.Module, block: nn.Module) -> str | None:
-    """Why the reference runs in place of a kernel, as far as that is known without an input."""
-    reason = refusal(*_device_and_dtype(module, block))
-    if reason is None and isinstance(module, nn.LayerNorm):
-        return layer_norm_refusal(module.normalized_shape[-1])
-    if reason is None and call.window is not None and call.pattern.endswith("_maxpool"):
-        kernel, _, _, dilation, ceil_mode = window(call)
-        return pool_refusal(kernel, dilation, ceil_mode)
-    return reason
-
-
-def _device_and_dtype(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Those of the parameters or buffers of the first that has any, for want of an input."""
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            return tensor.device, tensor.dtype
-    return torch.empty(0).device, torch.get_default_dtype()

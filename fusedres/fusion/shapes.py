@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-    UnsupportedMutationAliasingException,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -29,14 +23,6 @@ from fusedres.fusion.runtime import is_plain
 from fusedres.fusion.state import Output, RandomState, State, one_at_a_time
 
 Input: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
-_UNKNOWABLE = (
-    DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
-    UnsupportedMutationAliasingException, UnsupportedOperatorException,
-)  # fmt: skip
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
 
 
 @dataclass
@@ -47,7 +33,7 @@ class Seen:
     that reads the normalised tensor.
     """
 
-    shape: tuple[int, ...]
+    shape: torch.Size
     dtype: torch.dtype
     in_front: int | None = None
     behind: int | None = None
@@ -56,26 +42,18 @@ class Seen:
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def features(self) -> int:
-        return self.shape[-1]
+
+# The calls of each normalisation, or of the module that calls it where it is a function, in their order.
+Sizes: TypeAlias = "dict[nn.Module, list[Seen]]"
 
 
-@dataclass
-class Sizes:
-    """The calls of each normalisation, or of the module that calls it where it is a function, in their order.
-
-    ``stopped`` is why the forward was not followed to its end.
-    """
-
-    calls: dict[nn.Module, list[Seen]] = field(default_factory=lambda: defaultdict(list))
-    stopped: str = ""
-
-
-def measure(model: nn.Module, input: Input) -> Sizes:
+def measure(model: nn.Module, input: Input) -> tuple[Sizes, str]:
     """Follow ``model(input)`` in the model's own mode; parameters, buffers, hooks and random states stay as they are.
 
     Hooks are not run, and attributes that the forward sets are put back, as are the items of its own containers.
+
+    Returns:
+        The sizes, and why the forward was not followed to its end, if so.
 
     Raises:
         TypeError: ``input`` is neither a shape, a tensor, nor a tuple or dict of them.
@@ -83,13 +61,12 @@ def measure(model: nn.Module, input: Input) -> Sizes:
     """
     while isinstance(model, (DataParallel, DistributedDataParallel)):
         model = model.module
-    mode, sizes = FakeTensorMode(allow_non_fake_inputs=True), Sizes()
-    recorder = _Recorder(sizes)
+    recorder, stopped = _Recorder(), ""
     with one_at_a_time, contextlib.ExitStack() as stack:
         stack.callback(RandomState().restore)
         stack.enter_context(original_classes(model))
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         stack.enter_context(_replaced(model, mode, recorder))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(contextlib.redirect_stdout(Output()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # of what is compiled already
         stack.enter_context(torch.set_grad_enabled(model.training))
@@ -98,38 +75,38 @@ def measure(model: nn.Module, input: Input) -> Sizes:
         try:
             with recorder:
                 model(*args, **kwargs)
-        except _UNKNOWABLE as error:
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            sizes.stopped = f"{type(error).__name__}: {first_line}"
-    return sizes
+        except RuntimeError as error:
+            if type(error).__module__ != FakeTensorMode.__module__:  # not of what fake tensors cannot tell
+                raise
+            stopped = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return recorder.sizes, stopped
 
 
 def _arguments(model: nn.Module, input: Input) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    like = tensors[0] if tensors else torch.empty(0)
+    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point())
+    like = next(tensors, torch.empty(0))
+
+    def is_shape(value: Any) -> bool:
+        return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
 
     def fake(value: Any) -> Any:
         if isinstance(value, Tensor):
             device = like.device if value.is_meta else value.device
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return torch.empty(tuple(value), dtype=like.dtype, device=like.device) if _is_shape(value) else value
+        return torch.empty(tuple(value), dtype=like.dtype, device=like.device) if is_shape(value) else value
 
     if isinstance(input, Mapping):
         return (), {name: fake(value) for name, value in input.items()}
-    if isinstance(input, Tensor) or _is_shape(input):
+    if isinstance(input, Tensor) or is_shape(input):
         return (fake(input),), {}
     if isinstance(input, (tuple, list)):
         return tuple(fake(value) for value in input), {}
     raise TypeError(f"input must be a shape, a tensor, or a tuple or dict of them, got {type(input).__name__}")
 
 
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and bool(value) and all(type(size) is int for size in value)
-
-
 @contextlib.contextmanager
 def _replaced(model: nn.Module, mode: FakeTensorMode, recorder: _Recorder) -> Iterator[None]:
-    """Fake parameters and buffers, and the recorder's hooks instead of the modules' own."""
+    """Fake parameters and buffers, and calls that go to the recorder, past hooks and compiled code."""
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     states = [State(module) for module in modules]
     try:
@@ -137,9 +114,7 @@ def _replaced(model: nn.Module, mode: FakeTensorMode, recorder: _Recorder) -> It
             attributes = vars(module)
             for kind in ("_parameters", "_buffers"):
                 attributes[kind] = {name: _fake(mode, tensor) for name, tensor in attributes[kind].items()}
-            attributes.update((name, OrderedDict()) for name in _HOOKS)
-            attributes["_forward_pre_hooks"][0] = recorder.enter
-            attributes["_forward_hooks"][0] = recorder.leave
+            attributes["_compiled_call_impl"] = functools.partial(recorder.call, module)
         yield
     finally:
         for state in states:
@@ -156,45 +131,40 @@ def _fake(mode: FakeTensorMode, tensor: Tensor | None) -> Tensor | None:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes calls of BatchNorms by hooks, those of LayerNorm and Linear as functions, which modules call too."""
+    """Notes calls of BatchNorms as modules, those of LayerNorm and Linear as functions, which modules call too."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.sizes = sizes
-        self.running: list[nn.Module] = []
-        self.normalised: dict[int, Seen] = {}
-        self.products: dict[int, int] = {}
-        self.alive: list[Tensor] = []  # so that no id is used twice
+        self.sizes: Sizes = defaultdict(list)
+        self.caller: nn.Module | None = None
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before ``module`` runs."""
-        if isinstance(module, _BatchNorm) and args:
-            self._add(module, args[0])
-        self.running.append(module)
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After ``module`` has run."""
-        self.running.pop()
-        if type(module) in OWN_BLOCKS and args:  # its functions may be operators of ours
-            first = module.norm_first
-            seen = self._add(module.norm, args[0] if first else output)  # pyright: ignore[reportArgumentType]
-            seen.in_front, seen.behind = (None, output.numel()) if first else (args[0].numel(), None)
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of ``module``."""
+        outer, self.caller = self.caller, module
+        if isinstance(module, _BatchNorm):
+            self._add(module, next(iter((*args, *kwargs.values()))))
+        output = module.forward(*args, **kwargs)
+        if type(module) in OWN_BLOCKS:  # its functions may be operators of ours
+            input = next(iter((*args, *kwargs.values())))
+            seen = self._add(module.norm, input if module.norm_first else output)  # pyright: ignore
+            seen.in_front, seen.behind = input.numel(), output.numel()
+        self.caller = outer
+        return output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in (F.layer_norm, F.linear) and self.running:
+        if func in (F.layer_norm, F.linear) and self.caller is not None:
             input = args[0] if args else kwargs["input"]
-            self.alive += [input, output]
-            if func is F.linear:
-                self.products[id(output)] = input.numel()
-                if id(input) in self.normalised:
-                    self.normalised[id(input)].behind = output.numel()
+            if func is F.layer_norm:
+                output.seen = self._add(self.caller, input)
+                output.seen.in_front = getattr(input, "multiplied", None)
             else:
-                seen = self.normalised[id(output)] = self._add(self.running[-1], input)
-                seen.in_front = self.products.get(id(input))
+                output.multiplied = input.numel()
+                if hasattr(input, "seen"):
+                    input.seen.behind = output.numel()
         return output
 
-    def _add(self, key: nn.Module, input: Tensor) -> Seen:
-        seen = Seen(tuple(input.shape), input.dtype)
-        self.sizes.calls[key].append(seen)
+    def _add(self, module: nn.Module, input: Tensor) -> Seen:
+        seen = Seen(input.shape, input.dtype)
+        self.sizes[module].append(seen)
         return seen

@@ -34,25 +34,6 @@ def joins(model: nn.Module) -> int:
     return sum(count for pattern, count in counts(model).items() if "add" in pattern and "act" in pattern)
 
 
-@pytest.mark.parametrize("wrapped_first", [True, False])
-def test_ddp(group, wrapped_first):
-    model, x = small(), images()
-    reference = copy.deepcopy(model)
-    wrapped = fusedres.fuse(DistributedDataParallel(model)) if wrapped_first else DistributedDataParallel(
-        fusedres.fuse(model)
-    )  # fmt: skip
-    assert joins(wrapped) == 3
-    for training in (True, False):
-        cotangent = torch.randn(2, 5, dtype=torch.float64)
-        for candidate in (wrapped, reference):
-            candidate.train(training).zero_grad()
-            candidate(x).backward(cotangent)
-        for ours, its in zip(model.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, its.grad, **TOLERANCE)
-        for ours, its in zip(model.buffers(), reference.buffers(), strict=True):
-            torch.testing.assert_close(ours, its, **TOLERANCE)
-
-
 def test_fsdp(group):
     model, x = fusedres.fuse(small()), images()
     reference = copy.deepcopy(model)
@@ -124,7 +105,9 @@ def test_fsdp_of_linear_layers(group, build, fused_first):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert counts(model if fused_first else fusedres.fuse(model))
-    with mock.patch.object(runtime, "_run", side_effect=AssertionError("not fused")) if fused_first else nullcontext():
+    with (
+        mock.patch.object(runtime, "_layer", side_effect=AssertionError("not fused")) if fused_first else nullcontext()
+    ):
         assert_same_gradients(model, reference, rows())
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 from collections.abc import Callable
 
@@ -240,18 +239,6 @@ def test_gradient_checkpointing(reentrant):
     model.get_submodule("block.conv1").register_forward_hook(lambda *_: calls.append(1))
     assert_same_steps(model, reference, images(2, 3, 5, 5))
     assert len(calls) == 6  # each of three forwards, once more in its backward
-
-
-def test_checkpointing_inside_a_fused_parent_of_fused_blocks():
-    model, x = small(), images()
-    reference = copy.deepcopy(model)
-    fusedres.fuse(model)
-    for candidate in (model, reference):
-        layer = candidate.get_submodule("layer2")
-        assert isinstance(layer, nn.Sequential)
-        original = layer.forward
-        layer.forward = functools.partial(checkpoint, original, use_reentrant=False)
-    assert_same_steps(model, reference, x)
 
 
 def test_functional_call_and_grad_transforms():

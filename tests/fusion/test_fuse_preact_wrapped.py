@@ -1,4 +1,4 @@
-"""torch.compile, export, autocast, DDP, FSDP2 and feature extraction of fused pre-activation networks."""
+"""torch.compile, export, autocast, DDP and FSDP2 of fused pre-activation networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedres
-from fusedres import models
 from tests import zoo
 from tests.distributed.test_fuse_distributed import group as group
 from tests.fusion.test_fuse_compile import assert_two_graphs
@@ -84,24 +83,6 @@ def test_ddp_and_fsdp(group):
         torch.testing.assert_close(ours.grad, its.grad, **TOLERANCE)
         assert isinstance(theirs.grad, DTensor)
         torch.testing.assert_close(theirs.grad.full_tensor(), its.grad, **TOLERANCE)
-
-
-def test_feature_extraction():
-    zoo.torchvision_models()
-    from torchvision.models._utils import IntermediateLayerGetter
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    model = randomise(models.preact_resnet18(num_classes=5, width=4)).eval()
-    reference, x = copy.deepcopy(model), images(2, 3, 40, 40)
-    fusedres.fuse(model)
-    for extract in (
-        lambda m: create_feature_extractor(m, return_nodes=["layer1", "layer2.1", "layer4"]),
-        lambda m: IntermediateLayerGetter(m, {"layer1": "layer1", "layer3": "layer3"}),
-    ):
-        ours, its = extract(model)(x), extract(reference)(x)
-        assert ours.keys() == its.keys()
-        for key in its:
-            torch.testing.assert_close(ours[key], its[key], **TOLERANCE)
 
 
 @pytest.mark.parametrize("timms", [True, False])

@@ -2,7 +2,8 @@
 
 The other promises: keys, parameters, idempotence, ``unfuse``, copies, sharing, checkpointing and freezing are in
 test_fuse.py, hooks and replaced modules in test_fuse_changes.py, export in test_fuse_compile.py, DDP and FSDP2 in
-test_fuse_distributed.py and test_fuse_preact_wrapped.py.
+test_fuse_distributed.py and test_fuse_preact_wrapped.py; all of these, together with forks and sums across blocks, in
+test_watched.py.
 """
 
 from __future__ import annotations

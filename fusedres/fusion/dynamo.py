@@ -117,9 +117,11 @@ def _lift(root: fx.GraphModule) -> dict[str, Layer]:
     layers = {node: _layer(node, kept) for node in root.graph.nodes if node.target in _STAND_INS}
     names: dict[Layer, str] = {}
     for node, layer in layers.items():
-        is_norm = layer is not None and node.target is F.batch_norm
+        if layer is None:
+            continue
+        is_norm = node.target is F.batch_norm
         statistics = [buffer for buffer in layer[1:3] if buffer is not None] if is_norm else []
-        if layer is None or any(layers.get(user) != layer for buffer in statistics for user in buffer.users):
+        if any(layers.get(user) != layer for buffer in statistics for user in buffer.users):
             continue
         if layer not in names:  # calls that share statistics share a module: their order is kept
             names[layer] = f"fusedres_{len(names)}"
@@ -157,7 +159,11 @@ def _layer(node: fx.Node, kept: set[fx.Node]) -> Layer | None:
         return (node.target, *rest) if of_rows else None
     mean, var, _, _, training, momentum, eps = rest
     vectors = all(tensor.meta["example_value"].dim() == 1 for tensor in tensors)
-    if not vectors or (mean is None) != (var is None) or [*map(type, (training, momentum, eps))] != [bool, float, float]:
+    if (
+        not vectors
+        or (mean is None) != (var is None)
+        or [*map(type, (training, momentum, eps))] != [bool, float, float]
+    ):
         return None
     return (node.target, *rest, _counter(node.prev, kept) if training else None)
 

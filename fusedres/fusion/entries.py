@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,7 +24,7 @@ from fusedres.nn import BatchNormAct2d, SyncBatchNormAct
 
 @dataclass(frozen=True)
 class Entry:
-    """What a row is about: ``call`` in ``block`` of ``module``; ``eager`` is why it runs as PyTorch's own, if it does."""
+    """What a row is about: ``call`` in ``block`` of ``module``; ``eager`` is why PyTorch's own runs, if it does."""
 
     name: str
     call: Call
@@ -34,7 +34,7 @@ class Entry:
 
 
 def find_entries(model: nn.Module) -> Iterator[Entry]:
-    """All of ``model``, in the order of its regions; what no graph shows, and what is compiled or scripted, comes last."""
+    """All of ``model``, region by region; what no graph shows, and what is compiled or scripted, comes last."""
     names = {module: name for name, module in walk(model)}
     fused = _is_fused(model)
     # What fuse left alone calls layers.
@@ -110,30 +110,26 @@ def _merged(codes: list[list[Call]]) -> list[Call]:
 
 
 def _not_shown(plans: list[Plan], names: dict[nn.Module, str]) -> Iterator[Entry]:
-    """Of normalisations that no graph shows, because a forward around them is left alone, and functions in those."""
-    for norm, name in names.items():
+    """Of modules that no graph shows, as a forward around them is left alone, and of functions in such forwards."""
+    for module, name in names.items():
         around = [plan for plan in plans if not plan.name or name.startswith(f"{plan.name}.")]
         inner = max(around, key=lambda plan: len(plan.name), default=None)
-        if inner is not None and not inner.reason:
+        reason = f"{inner.name or 'the model'}: {inner.reason}" if inner else "no forward around it"
+        if isinstance(module, fx.GraphModule):
+            called = [str(node.target) for node in module.graph.nodes]
+            norms = [function for function in called if re.match(r"aten\..*batch_norm|<function batch_norm ", function)]
+            yield from (Entry(name, Call("", "bn"), module, module, "its forward is generated") for _ in norms)
+        elif inner and not inner.reason:
             continue  # a region that does not call it
-        reason = "no forward around it" if inner is None else f"{inner.name or 'the model'}: {inner.reason}"
-        if isinstance(norm, _BatchNorm):
-            pattern, why = timms_pattern(norm) if is_timms(norm) else ("bn", "")
-            yield Entry(name, Call("", pattern, "; ".join(filter(None, (reason, why)))), norm, norm)
-        elif isinstance(norm, nn.LayerNorm) and inner and any(type(p) is nn.Linear for p in inner.module.modules()):
-            yield Entry(name, Call("", "ln", reason), norm, norm)
+        elif isinstance(module, _BatchNorm):
+            pattern, why = timms_pattern(module) if is_timms(module) else ("bn", "")
+            yield Entry(name, Call("", pattern, "; ".join(filter(None, (reason, why)))), module, module)
+        elif isinstance(module, nn.LayerNorm) and inner and any(type(p) is nn.Linear for p in inner.module.modules()):
+            yield Entry(name, Call("", "ln", reason), module, module)
     for plan in plans:
-        for pattern in _functions(plan.module) if plan.reason else ():
-            yield Entry(plan.name, Call("", pattern), plan.module, plan.module, plan.reason)
-
-
-def _functions(module: nn.Module) -> list[str]:
-    """The normalisations among the functions that the forward of ``module`` calls, as far as its code shows them."""
-    if isinstance(module, fx.GraphModule):
-        called = [node.target for node in module.graph.nodes if node.op == "call_function"]
-        return ["bn" for f in called if f is F.batch_norm or ("aten." in str(f) and "batch_norm" in str(f))]
-    codes = [getattr(vars(kind).get("forward"), "__code__", None) for kind in kind_of(module).__mro__]
-    return ["ln"] if any("layer_norm" in code.co_names for code in codes if code is not None) else []
+        codes = [getattr(vars(kind).get("forward"), "__code__", None) for kind in kind_of(plan.module).__mro__]
+        if plan.reason and any("layer_norm" in code.co_names for code in codes if code is not None):
+            yield Entry(plan.name, Call("", "ln", plan.reason), plan.module, plan.module)
 
 
 def _sealed(name: str, module: nn.Module) -> Iterator[Entry]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,20 +26,17 @@ Input: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
 
 @dataclass
 class Seen:
-    """One call of a normalisation: shape and dtype of its input, elements across the Linear beside.
+    """One call of a normalisation: shape, elements and dtype of its input, elements across the Linear beside.
 
     ``in_front`` is the size of the input of a Linear whose output is normalised, ``behind`` that of the output of one
     that reads the normalised tensor.
     """
 
     shape: torch.Size
+    elements: int
     dtype: torch.dtype
     in_front: int | None = None
     behind: int | None = None
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
 
 
 # The calls of each normalisation, or of the module that calls it where it is a function, in their order.
@@ -83,6 +79,7 @@ def measure(model: nn.Module, input: Input) -> tuple[Sizes, str]:
 
 
 def _arguments(model: nn.Module, input: Input) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tensors of the given sizes, made in the mode that is on; a shape is of the model's dtype and device."""
     tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point())
     like = next(tensors, torch.empty(0))
 
@@ -97,11 +94,10 @@ def _arguments(model: nn.Module, input: Input) -> tuple[tuple[Any, ...], dict[st
 
     if isinstance(input, Mapping):
         return (), {name: fake(value) for name, value in input.items()}
-    if isinstance(input, Tensor) or is_shape(input):
-        return (fake(input),), {}
-    if isinstance(input, (tuple, list)):
-        return tuple(fake(value) for value in input), {}
-    raise TypeError(f"input must be a shape, a tensor, or a tuple or dict of them, got {type(input).__name__}")
+    given = [input] if isinstance(input, Tensor) or is_shape(input) else input
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(f"input must be a shape, a tensor, or a tuple or dict of them, got {type(input).__name__}")
+    return tuple(map(fake, given)), {}
 
 
 @contextlib.contextmanager
@@ -165,6 +161,6 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def _add(self, module: nn.Module, input: Tensor) -> Seen:
-        seen = Seen(input.shape, input.dtype)
+        seen = Seen(input.shape, input.numel(), input.dtype)
         self.sizes[module].append(seen)
         return seen

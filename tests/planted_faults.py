@@ -197,10 +197,10 @@ FAULTS = [
     ),
     Fault(
         "a value that is changed in place is read later",
-        "fusedres/fusion/aliasing.py",
-        "self.mutates(node) and any(storage",
-        "False and any(storage",
-        ["tests/fusion/test_random_forwards.py"],
+        "fusedres/fusion/patterns.py",
+        'if changes == "residual" and not self.is_spare(residual, add):',
+        "if False:",
+        ["tests/fusion/test_fuse_traps.py"],
     ),
     Fault(
         "the reference takes a maximum for the average",

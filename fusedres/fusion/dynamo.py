@@ -165,16 +165,16 @@ def _layer(node: fx.Node, kept: set[fx.Node]) -> Layer | None:
         or [*map(type, (training, momentum, eps))] != [bool, float, float]
     ):
         return None
-    return (node.target, *rest, _counter(node.prev, kept) if training else None)
+    return (node.target, *rest, _counter(node, kept) if training else None)
 
 
-def _counter(node: fx.Node, kept: set[fx.Node]) -> fx.Node | None:
-    """The counter that ``node`` increments and that nobody reads."""
-    counter = node.all_input_nodes[0] if _is_count(node) else None
+def _counter(norm: fx.Node, kept: set[fx.Node]) -> fx.Node | None:
+    """The counter that is incremented right before ``norm`` and that nobody reads."""
+    counter = norm.prev.all_input_nodes[0] if _is_count(norm.prev) else None
     if counter not in kept or not all(map(_is_count, counter.users)):
         return None
-    value = counter.meta["example_value"]
-    return counter if value.dim() == 0 and value.dtype == torch.long else None
+    count, output = (node.meta["example_value"] for node in (counter, norm))
+    return counter if count.dim() == 0 and count.dtype == torch.long and count.device == output.device else None
 
 
 def _is_count(node: fx.Node) -> bool:
